@@ -1,0 +1,74 @@
+#pragma once
+// Entries on disk and in memory: bytes in, bytes out. Any doubt about an entry is a miss and one warning, any
+// doubt about the disk is "work without it"; nothing here fails a caller. Format: docs/cache-format.md and
+// entry.h.
+#include "cache/key.h"
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace kda::cache {
+
+struct Entry {
+  std::string payload; ///< the image
+  std::vector<std::pair<std::string, std::string>>
+      metadata; ///< small named strings, e.g. register counts, log
+};
+
+enum class Source : std::uint8_t { made, memory, disk, read_only };
+
+struct StoreOptions {
+  std::filesystem::path directory; ///< empty: memory only. A schema sub-folder is made under it.
+  std::vector<std::filesystem::path> read_only;
+  std::function<void(const std::string&)> warn; ///< once a cause
+  double lock_wait_seconds = 120;               ///< then a waiter makes its own
+};
+
+struct StoreStats {
+  std::int64_t entries = 0, bytes = 0; ///< on disk, user directory
+  std::int64_t memory_hits = 0, disk_hits = 0, read_only_hits = 0, misses = 0, corrupt = 0; ///< of this store
+};
+struct VerifyReport {
+  std::int64_t good = 0;
+  std::vector<std::string> bad; ///< "path: why"
+};
+
+class Store {
+public:
+  explicit Store(StoreOptions options);
+  ~Store();
+  Store(const Store&) = delete;
+  Store& operator=(const Store&) = delete;
+
+  /// The entry, or what `make` made; null when `make` answered nullopt (each waiter then runs its own
+  /// `make`). Single flight: per key one `make` at a time among the threads of this process and, through a
+  /// lock file, among processes.
+  [[nodiscard]] std::shared_ptr<const Entry> get_or_make(const KeyManifest& key,
+                                                         const std::function<std::optional<Entry>()>& make,
+                                                         Source* source = nullptr);
+  [[nodiscard]] std::shared_ptr<const Entry> get(const KeyManifest& key, Source* source = nullptr);
+  /// Drops an entry that a loader refused, from memory and from the user directory.
+  void discard(const KeyManifest& key, const std::string& why);
+
+  [[nodiscard]] StoreStats stats() const;
+  [[nodiscard]] VerifyReport verify(bool remove_bad);
+  /// Removes every entry (not the tuning rows); returns how many.
+  std::int64_t clear();
+  /// The schema folder in use; empty when memory only.
+  [[nodiscard]] std::filesystem::path directory() const;
+
+private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// Where the cache lives: `explicit_dir`, else $XDG_CACHE_HOME/kda-jit, else $HOME/.cache/kda-jit, else a
+/// per-user directory under the temp directory whose owner and mode are checked, else empty (memory only).
+[[nodiscard]] std::filesystem::path default_directory();
+
+} // namespace kda::cache

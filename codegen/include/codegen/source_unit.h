@@ -1,0 +1,56 @@
+#pragma once
+// Source text and launch geometry: pure functions of problem, variant and target.
+#include "codegen/variant.h"
+#include <array>
+#include <cstddef>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace kda {
+
+struct SourceFile {
+  std::string name; ///< as an #include spells it, e.g. "primitives/mma.cuh"
+  std::string text;
+};
+
+/// What a compiler needs. CUDA: `main` is C++ and includes `files`. Host: `main` is LLVM IR text and `files`
+/// is empty.
+struct SourceUnit {
+  std::string name; ///< file name of `main`, e.g. "chunk_forward.cu"
+  std::string main;
+  std::vector<SourceFile> files;    ///< config.cuh and every template that main reaches, sorted by name
+  std::vector<std::string> options; ///< compiler options, the architecture among them
+  std::vector<std::string> entries; ///< extern "C" names, in the order that Launch::entry indexes
+};
+[[nodiscard]] Result<SourceUnit> emit(const Problem&, const Variant&, const Target&);
+
+/// One kernel launch of an execute.
+struct Launch {
+  int entry = 0; ///< index into SourceUnit::entries
+  std::array<unsigned, 3> grid{1, 1, 1};
+  unsigned block = 0;
+  unsigned shared_bytes = 0;
+};
+/// The launches of one call, in order, in one stream; no allocation.
+struct LaunchList {
+  std::array<Launch, 12> items{};
+  int count = 0;
+  void add(const Launch& launch) { items[static_cast<std::size_t>(count++)] = launch; }
+};
+[[nodiscard]] LaunchList launches(const Problem&, const Variant&, const Target&, const Sizes&);
+
+/// Byte offsets of the buffers that KernelArgs::workspace points at; slot i of the kernel's documented list.
+struct WorkspaceLayout {
+  static constexpr int kSlots = 24;
+  std::array<std::size_t, kSlots> offset{};
+  int count = 0;
+  std::size_t bytes = 0; ///< exact total; offsets are multiples of 256
+  void add(std::size_t size) {
+    offset[static_cast<std::size_t>(count++)] = bytes;
+    bytes += (size + 255) / 256 * 256;
+  }
+};
+[[nodiscard]] WorkspaceLayout workspace_layout(const Problem&, const Variant&, const Sizes&);
+
+} // namespace kda

@@ -1,0 +1,125 @@
+#include "codegen/problem.h"
+#include <array>
+#include <fmt/format.h>
+#include <utility>
+
+namespace kda {
+namespace {
+
+template <class E, std::size_t n>
+using Names = std::array<std::pair<E, const char*>, n>;
+
+constexpr Names<Operation, 5> kOperations{{{Operation::forward, "forward"},
+                                           {Operation::backward, "backward"},
+                                           {Operation::recurrent, "recurrent"},
+                                           {Operation::gate, "gate"},
+                                           {Operation::gate_backward, "gate_backward"}}};
+constexpr Names<DType, 3> kDTypes{{{DType::bf16, "bf16"}, {DType::fp16, "fp16"}, {DType::fp32, "fp32"}}};
+constexpr Names<IndexType, 2> kIndexTypes{{{IndexType::int32, "int32"}, {IndexType::int64, "int64"}}};
+constexpr Names<StateLayout, 2> kLayouts{{{StateLayout::k_v, "k_v"}, {StateLayout::v_k, "v_k"}}};
+constexpr Names<GateKind, 5> kGates{{{GateKind::log_e, "log_e"},
+                                     {GateKind::log2, "log2"},
+                                     {GateKind::softplus, "softplus"},
+                                     {GateKind::bounded, "bounded"},
+                                     {GateKind::bounded_no_a, "bounded_no_a"}}};
+
+template <class E, std::size_t n>
+const char* name_of(const Names<E, n>& names, E value) {
+  for (const auto& [e, name] : names)
+    if (e == value) return name;
+  return "?";
+}
+
+template <class E, std::size_t n>
+Result<E> parse(const Names<E, n>& names, std::string_view text, const char* what) {
+  std::string all;
+  for (const auto& [e, name] : names) {
+    if (text == name) return e;
+    all += all.empty() ? name : fmt::format(", {}", name);
+  }
+  return fail(ErrorCode::invalid_argument, fmt::format("unknown {} '{}'; choose one of {}", what, text, all));
+}
+
+bool supported_dim(int dim) {
+  return dim >= 16 && dim <= 256 && dim % 4 == 0;
+}
+
+} // namespace
+
+const char* to_string(ErrorCode code) {
+  constexpr Names<ErrorCode, 9> names{{{ErrorCode::invalid_argument, "invalid_argument"},
+                                       {ErrorCode::not_prepared, "not_prepared"},
+                                       {ErrorCode::compile_failed, "compile_failed"},
+                                       {ErrorCode::load_failed, "load_failed"},
+                                       {ErrorCode::device_error, "device_error"},
+                                       {ErrorCode::unavailable, "unavailable"},
+                                       {ErrorCode::out_of_memory, "out_of_memory"},
+                                       {ErrorCode::io_error, "io_error"},
+                                       {ErrorCode::internal, "internal"}}};
+  return name_of(names, code);
+}
+const char* to_string(Operation x) {
+  return name_of(kOperations, x);
+}
+const char* to_string(DType x) {
+  return name_of(kDTypes, x);
+}
+const char* to_string(IndexType x) {
+  return name_of(kIndexTypes, x);
+}
+const char* to_string(StateLayout x) {
+  return name_of(kLayouts, x);
+}
+const char* to_string(GateKind x) {
+  return name_of(kGates, x);
+}
+Result<Operation> parse_operation(std::string_view s) {
+  return parse(kOperations, s, "operation");
+}
+Result<DType> parse_dtype(std::string_view s) {
+  return parse(kDTypes, s, "dtype");
+}
+Result<GateKind> parse_gate(std::string_view s) {
+  return parse(kGates, s, "gate");
+}
+Result<StateLayout> parse_state_layout(std::string_view s) {
+  return parse(kLayouts, s, "state layout");
+}
+
+std::string to_string(const Problem& p) {
+  std::string s = fmt::format("{} H={} HV={} K={} V={} {} gate={}/{} beta={}/{} state={}/{}",
+                              to_string(p.operation), p.heads, p.value_heads, p.key_dim, p.value_dim,
+                              to_string(p.dtype), to_string(p.gate), to_string(p.gate_dtype),
+                              p.beta_times_two ? "sigmoid2" : (p.beta_sigmoid ? "sigmoid" : "raw"),
+                              to_string(p.beta_dtype), to_string(p.state_dtype), to_string(p.state_layout));
+  if (p.dt_bias) s += " dt_bias";
+  if (p.qk_l2norm) s += " l2norm";
+  if (p.varlen) s += fmt::format(" varlen/{}", to_string(p.cu_seqlens_type));
+  return s;
+}
+
+Status validate(const Problem& p) {
+  const auto refuse = [](std::string why) {
+    return Status(fail(ErrorCode::invalid_argument, std::move(why)));
+  };
+  if (p.heads < 1 || p.heads > 4096)
+    return refuse(fmt::format("heads is {}; 1 to 4096 are supported", p.heads));
+  if (p.value_heads < 1 || p.value_heads > 4096 || p.value_heads % p.heads != 0)
+    return refuse(fmt::format(
+        "value_heads is {} and heads is {}; value_heads must be a positive multiple of heads, at most 4096",
+        p.value_heads, p.heads));
+  if (!supported_dim(p.key_dim))
+    return refuse(fmt::format("key_dim is {}; multiples of 4 from 16 to 256 are supported", p.key_dim));
+  if (!supported_dim(p.value_dim))
+    return refuse(fmt::format("value_dim is {}; multiples of 4 from 16 to 256 are supported", p.value_dim));
+  if (p.dt_bias && (p.gate == GateKind::log_e || p.gate == GateKind::log2))
+    return refuse(
+        fmt::format("dt_bias goes with an activated gate (softplus, bounded, bounded_no_a), not with {}",
+                    to_string(p.gate)));
+  if (p.beta_times_two && !p.beta_sigmoid)
+    return refuse(
+        "beta_times_two doubles a sigmoid and needs beta_sigmoid; double an activated beta before the call");
+  return {};
+}
+
+} // namespace kda

@@ -1,0 +1,191 @@
+#pragma once
+// The public C++ API: describe -> plan -> prepare -> execute.
+//
+//   auto engine = kda::Engine::create(kda::EngineOptions::from_environment().value()).value();
+//   auto plan   = engine.plan(problem, kda::Device::host(), sizes).value(); // no compile, no device work
+//   auto kernel = engine.prepare(plan).value();                             // compile, load, perhaps tune:
+//   may block auto bytes  = kernel.workspace_bytes(sizes).value();                    // exact, a pure
+//   function auto status = kernel.execute(args, workspace, bytes, stream);           // launch only
+//
+// Handles are cheap to copy, immutable and safe to share between threads; a Kernel keeps its engine alive.
+#include "codegen/variant.h"
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <future>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace kda {
+
+struct Device {
+  enum class Kind : std::uint8_t { host, cuda, emulator } kind = Kind::host;
+  int index = 0;
+  static Device host() { return {}; }
+  static Device cuda(int index) { return {Kind::cuda, index}; }
+  bool operator==(const Device&) const = default;
+};
+/// "host", "cuda:0", "emulator".
+[[nodiscard]] std::string to_string(const Device&);
+[[nodiscard]] Result<Device> parse_device(std::string_view);
+
+/// A tensor the caller owns. Strides are in elements; 0 everywhere means contiguous. The last dimension of q,
+/// k, v, g, o (and of gradients) must be contiguous, and so must the inner matrix of a state.
+struct Tensor {
+  void* data = nullptr;
+  DType dtype = DType::fp32;
+  int rank = 0;
+  std::int64_t shape[4] = {0, 0, 0, 0};
+  std::int64_t stride[4] = {0, 0, 0, 0};
+};
+[[nodiscard]] Tensor contiguous(void* data, DType dtype, std::initializer_list<std::int64_t> shape);
+struct IndexTensor {
+  const void* data = nullptr; ///< on the kernel's device, never read back
+  IndexType dtype = IndexType::int64;
+  std::int64_t size = 0; ///< N+1
+};
+
+/// The tensors of a call. Absent optional ones keep data == nullptr.
+///   q, k [B,T,H,K]; v, o [B,T,HV,V]; g [B,T,HV,K]; beta [B,T,HV]; states [N,HV,K,V] or [N,HV,V,K];
+///   A_log [HV] fp32; dt_bias [HV,K] fp32. Packed: B = 1 and cu_seqlens. Gradients have the shape and dtype
+///   of their input; d_A_log, d_dt_bias, d_initial_state and d_final_state are fp32 / the state's dtype and
+///   layout. gate: g -> o, fp32 [B,T,HV,K] natural-log decay; gate_backward: d_o (fp32, of that shape) ->
+///   d_g, d_A_log, d_dt_bias.
+struct Args {
+  Tensor q, k, v, g, beta, A_log, dt_bias, initial_state, o, final_state;
+  Tensor d_o, d_final_state, d_q, d_k, d_v, d_g, d_beta, d_A_log, d_dt_bias, d_initial_state;
+  IndexTensor cu_seqlens;
+  float scale = 0;        ///< 0: K^-1/2
+  float lower_bound = -5; ///< of the bounded gates
+};
+
+enum class TuneMode : std::uint8_t {
+  off,    ///< the cost model's choice
+  cached, ///< a tuned row if there is one, else the cost model's choice (default)
+  on,     ///< tune when there is no row
+  force,  ///< tune again
+};
+
+struct EngineOptions {
+  std::optional<std::filesystem::path> cache_directory; ///< unset: XDG; empty path: memory only
+  std::vector<std::filesystem::path> read_only_caches;
+  TuneMode tune = TuneMode::cached;
+  double tune_budget_seconds = 30;
+  int threads = 0;                           ///< host kernels and parallel compiles; 0: hardware threads
+  std::function<void(std::string_view)> log; ///< one line a call; empty: warnings to stderr
+  /// KDA_JIT_CACHE_DIR, KDA_JIT_CACHE_READONLY_DIRS, KDA_JIT_TUNE, KDA_JIT_TUNE_BUDGET_MS, KDA_JIT_THREADS,
+  /// KDA_JIT_LOG, KDA_JIT_NVRTC (a library path). Malformed values are an error; `strict` also refuses
+  /// unknown KDA_JIT_ names.
+  static Result<EngineOptions> from_environment(bool strict = false);
+};
+
+enum class Origin : std::uint8_t { compiled, memory, disk, read_only };
+[[nodiscard]] const char* to_string(Origin);
+
+/// What a prepared kernel is and where it came from.
+struct KernelInfo {
+  std::string device, variant, choice; ///< choice: "cost model", "tuned", "given"
+  Origin origin = Origin::compiled;
+  int registers = 0, shared_bytes = 0, spill_bytes = 0; ///< largest over the kernels of the image
+  double compile_ms = 0, load_ms = 0;
+  std::string key; ///< digest of the cache entry
+};
+
+/// One line of a tuning report.
+struct TuneRow {
+  std::string variant, status, reason; ///< status: "ok", "rejected", "wrong", "failed"
+  double median_us = 0, spread_us = 0, error = 0;
+  int registers = 0, shared_bytes = 0;
+  bool chosen = false;
+};
+struct TuneReport {
+  std::string problem, bucket, device, driver, compiler;
+  double floor_us = 0; ///< compulsory bytes over the device's copy bandwidth
+  std::vector<TuneRow> rows;
+};
+
+class Engine;
+class Plan {
+public:
+  [[nodiscard]] const Problem& problem() const;
+  [[nodiscard]] const Variant& variant() const;
+  [[nodiscard]] Device device() const;
+  [[nodiscard]] std::string explain() const;
+
+private:
+  friend class Engine;
+  struct Impl;
+  std::shared_ptr<const Impl> impl_;
+};
+
+class Kernel {
+public:
+  /// Exact bytes of workspace that `execute` needs for these sizes; invalid_argument for impossible sizes.
+  [[nodiscard]] Result<std::size_t> workspace_bytes(const Sizes&) const;
+  /// Checks shapes, dtypes, strides and alignment, then launches into `stream` (a CUstream; ignored on the
+  /// host, where the call is complete on return). Allocates nothing on success, does not synchronise, may be
+  /// captured into a CUDA graph. `workspace` is 256-byte aligned and on the device.
+  Status execute(const Args&, void* workspace, std::size_t workspace_bytes, void* stream = nullptr) const;
+  [[nodiscard]] const KernelInfo& info() const;
+  [[nodiscard]] const Problem& problem() const;
+
+private:
+  friend class Engine;
+  struct Impl;
+  std::shared_ptr<const Impl> impl_;
+};
+
+struct DeviceInfo {
+  Device device;
+  std::string name, arch, driver, compiler;
+  std::string problem; ///< why it cannot be used; empty when it can
+};
+
+class Engine {
+public:
+  [[nodiscard]] static Result<Engine> create(EngineOptions options = {});
+  /// Every device, unusable ones with the reason. The host is always the last.
+  [[nodiscard]] std::vector<DeviceInfo> devices() const;
+  /// The best device there is: cuda:0, else the host.
+  [[nodiscard]] Device best_device() const;
+
+  /// Picks a variant: `variant` if given, else the tuned row of this problem and bucket, else the cost model.
+  [[nodiscard]] Result<Plan> plan(const Problem&, Device, const Sizes& typical,
+                                  const std::optional<Variant>& variant = std::nullopt) const;
+  /// Compiles or finds the image and loads it; with TuneMode on or force it tunes first.
+  [[nodiscard]] Result<Kernel> prepare(const Plan&) const;
+  [[nodiscard]] std::future<Result<Kernel>> prepare_async(const Plan&) const;
+  /// Compiles into the cache for an architecture that need not be here. Returns where the image came from.
+  [[nodiscard]] Result<KernelInfo> precompile(const Problem&, const Variant&, const Target&) const;
+  /// Times and checks every candidate on the device; the rows go to the tuning database.
+  [[nodiscard]] Result<TuneReport> tune(const Problem&, Device, const Sizes&,
+                                        const std::function<void(int done, int total)>& progress = {}) const;
+  /// Stored tuning rows, all problems and devices.
+  [[nodiscard]] Result<std::vector<TuneReport>> reports() const;
+
+  /// Everything at once: plan, prepare (and tune, when the options say so), a workspace from the device,
+  /// execute, wait.
+  Status run(const Problem&, Device, const Sizes&, const Args&, void* stream = nullptr) const;
+
+  // Device memory for callers without a runtime of their own (tools, tests).
+  [[nodiscard]] Result<void*> allocate(Device, std::size_t bytes) const;
+  void release(Device, void* data) const;
+  Status copy_to_device(Device, void* to, const void* from, std::size_t bytes) const;
+  Status copy_from_device(Device, void* to, const void* from, std::size_t bytes) const;
+  Status synchronize(Device) const;
+  /// The cache's directory, empty when it is memory only.
+  [[nodiscard]] std::filesystem::path cache_directory() const;
+  /// Images compiled by this engine since it was created.
+  [[nodiscard]] std::int64_t compile_count() const;
+
+private:
+  struct Impl;
+  std::shared_ptr<Impl> impl_;
+  friend class Plan;
+  friend class Kernel;
+};
+
+} // namespace kda

@@ -1,0 +1,58 @@
+#pragma once
+// What the engine needs of a device. Three implementations: the CUDA driver, the host (LLVM ORC), and the
+// emulator of tests/emulator. Everything is thread-safe.
+#include "codegen/source_unit.h"
+#include "cuda/kernel_args.cuh"
+#include <functional>
+#include <memory>
+
+namespace kda {
+
+/// Bytes that `load` takes, and the figures that the compiler reported, one entry a kernel.
+struct KernelFigures {
+  std::string entry;
+  int registers = 0, shared_bytes = 0, stack_bytes = 0, spill_bytes = 0;
+};
+struct Image {
+  std::string bytes; ///< cubin, host object, emulator shared object
+  std::string log;
+  std::vector<KernelFigures> kernels;
+};
+
+/// A loaded image. `launch` runs entry `launch.entry`; on the host grid.x items are spread over the pool.
+class Module {
+public:
+  Module() = default;
+  Module(const Module&) = delete;
+  Module& operator=(const Module&) = delete;
+  virtual ~Module() = default;
+  virtual Status launch(const Launch&, const KernelArgs&, void* stream) const = 0;
+};
+
+class Backend {
+public:
+  Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+  virtual ~Backend() = default;
+
+  [[nodiscard]] virtual const Target& target() const = 0;
+  [[nodiscard]] virtual std::string name() const = 0;   ///< "NVIDIA H100 80GB HBM3"
+  [[nodiscard]] virtual std::string driver() const = 0; ///< "13.0"; "" on the host
+  /// Identity of the compiler for keys: "nvrtc 13.0.88", "llvm 19.1.7".
+  [[nodiscard]] virtual Result<std::string> compiler() const = 0;
+  [[nodiscard]] virtual Result<Image> compile(const SourceUnit&) const = 0;
+  [[nodiscard]] virtual Result<std::shared_ptr<const Module>> load(const SourceUnit&, const Image&) const = 0;
+
+  [[nodiscard]] virtual Result<void*> allocate(std::size_t bytes) const = 0;
+  virtual void release(void*) const = 0;
+  virtual Status copy_to_device(void* to, const void* from, std::size_t bytes) const = 0;
+  virtual Status copy_from_device(void* to, const void* from, std::size_t bytes) const = 0;
+  virtual Status synchronize() const = 0;
+  /// Sets 32-bit words; poisons outputs and flushes L2.
+  virtual Status fill(void* to, std::uint32_t word, std::size_t words, void* stream) const = 0;
+  /// Microseconds that `work` keeps the device busy: events on a GPU, a clock on the host.
+  [[nodiscard]] virtual Result<double> time_us(const std::function<Status(void* stream)>& work) const = 0;
+};
+
+} // namespace kda

@@ -1,0 +1,1 @@
+#include "kda/reference.h"

@@ -1,0 +1,35 @@
+#pragma once
+// The one by-value parameter of every kernel, the same bytes on host and device. Valid C++ for NVRTC and for
+// the host. Strides are in elements. The last dimension (K, V) of q, k, v, g, o and their gradients is
+// contiguous.
+
+namespace kda {
+
+/// A tensor [B, T, heads, dim] or, for beta, [B, T, heads].
+struct TokenTensor {
+  void* data;
+  long long stride_batch, stride_token, stride_head;
+};
+/// States [N, HV, K, V] or [N, HV, V, K], the inner matrix contiguous; data may be null (absent).
+struct StateTensor {
+  void* data;
+  long long stride_sequence, stride_head;
+};
+
+struct KernelArgs {
+  TokenTensor q, k, v, g, beta, o;             // forward; gate: g in, o out (fp32 natural-log decay)
+  TokenTensor d_o, d_q, d_k, d_v, d_g, d_beta; // backward; gate_backward: d_o in (fp32), d_g out
+  StateTensor initial_state, final_state;      // null: zero, not wanted
+  StateTensor d_final_state, d_initial_state;  // null: zero, not wanted
+  const float* A_log;                          // [HV]
+  const float* dt_bias;                        // [HV, K]
+  float* d_A_log;                              // [HV], null: not wanted
+  float* d_dt_bias;                            // [HV, K], null: not wanted
+  const void* cu_seqlens;                      // [N+1], null when not packed
+  long long tokens;                            // T of a batch row, or all packed tokens
+  int batch, sequences, heads, value_heads;
+  float scale, lower_bound;
+  void* workspace[24]; // slots of codegen's workspace_layout
+};
+
+} // namespace kda
