@@ -82,6 +82,13 @@ struct EngineOptions {
   static Result<EngineOptions> from_environment(bool strict = false);
 };
 
+/// A variable that EngineOptions::from_environment reads.
+struct EnvironmentVariable {
+  const char* name;
+  const char* meaning;
+};
+[[nodiscard]] std::vector<EnvironmentVariable> environment_variables();
+
 enum class Origin : std::uint8_t { compiled, memory, disk, read_only };
 [[nodiscard]] const char* to_string(Origin);
 

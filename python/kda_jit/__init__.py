@@ -1,0 +1,176 @@
+"""Thin ctypes binding of libkda_jit (runtime/include/kda_jit.h). No logic: everything is decided by the library.
+
+    import kda_jit
+    engine = kda_jit.Engine()
+    kernel = engine.prepare(dict(operation="forward", heads=32, value_heads=32, gate="bounded", ...), "cuda:0", (1, 8192, 1))
+    kernel.execute(dict(q=q, k=k, v=v, g=g, beta=beta, A_log=A_log, o=o), workspace, stream)
+
+Tensors are PyTorch tensors, or anything with data_ptr(), shape, stride() and dtype. The library is found through
+KDA_JIT_LIBRARY, beside this file, or by the loader.
+"""
+
+import ctypes as C
+import os
+import pathlib
+
+OPERATIONS = ("forward", "backward", "recurrent", "gate", "gate_backward")
+DTYPES = ("bf16", "fp16", "fp32")
+INDEX_TYPES = ("int32", "int64")
+STATE_LAYOUTS = ("k_v", "v_k")
+GATES = ("log_e", "log2", "softplus", "bounded", "bounded_no_a")
+TUNE = ("off", "cached", "on", "force")
+TENSORS = ("q k v g beta A_log dt_bias initial_state o final_state d_o d_final_state d_q d_k d_v d_g d_beta d_A_log "
+           "d_dt_bias d_initial_state").split()
+API_VERSION = 1
+
+
+class KdaError(RuntimeError):
+    """A call that the library refused; `code` is a kda_code."""
+
+    def __init__(self, code, message):
+        super().__init__(message)
+        self.code = code
+
+
+class _EngineOptions(C.Structure):
+    _fields_ = [("struct_size", C.c_uint32), ("read_environment", C.c_int32), ("cache_directory", C.c_char_p),
+                ("tune", C.c_int32), ("threads", C.c_int32), ("tune_budget_seconds", C.c_double)]
+
+
+_PROBLEM = ("operation heads value_heads key_dim value_dim dtype gate_dtype beta_dtype state_dtype state_layout gate dt_bias "
+            "beta_sigmoid beta_times_two qk_l2norm varlen cu_seqlens_type").split()
+
+
+class _Problem(C.Structure):
+    _fields_ = [("struct_size", C.c_uint32)] + [(name, C.c_int32) for name in _PROBLEM]
+
+
+class _Sizes(C.Structure):
+    _fields_ = [("batch", C.c_int64), ("tokens", C.c_int64), ("sequences", C.c_int64)]
+
+
+class _Tensor(C.Structure):
+    _fields_ = [("data", C.c_void_p), ("dtype", C.c_int32), ("rank", C.c_int32), ("shape", C.c_int64 * 4),
+                ("stride", C.c_int64 * 4)]
+
+
+class _IndexTensor(C.Structure):
+    _fields_ = [("data", C.c_void_p), ("dtype", C.c_int32), ("reserved", C.c_int32), ("size", C.c_int64)]
+
+
+class _Args(C.Structure):
+    _fields_ = ([("struct_size", C.c_uint32), ("scale", C.c_float), ("lower_bound", C.c_float), ("reserved", C.c_uint32)] +
+                [(name, _Tensor) for name in TENSORS] + [("cu_seqlens", _IndexTensor)])
+
+
+def _load():
+    here = pathlib.Path(__file__).parent / "libkda_jit.so"
+    path = os.environ.get("KDA_JIT_LIBRARY") or (str(here) if here.exists() else "libkda_jit.so")
+    lib = C.CDLL(path)
+    lib.kda_last_error.restype = C.c_char_p
+    lib.kda_kernel_explain.restype = C.c_char_p
+    lib.kda_engine_compile_count.restype = C.c_int64
+    for name in ("kda_engine_destroy", "kda_plan_destroy", "kda_kernel_destroy"):
+        getattr(lib, name).restype = None
+    if lib.kda_api_version() != API_VERSION:
+        raise ImportError(f"{path} has API version {lib.kda_api_version()}, this binding needs {API_VERSION}")
+    return lib
+
+
+_lib = _load()
+
+
+def _check(code):
+    if code:
+        raise KdaError(code, _lib.kda_last_error().decode(errors="replace"))
+
+
+_TORCH_DTYPES = {"torch.bfloat16": 0, "torch.float16": 1, "torch.float32": 2}
+
+
+def _tensor(t):
+    out = _Tensor()
+    if t is None:
+        return out
+    name = str(t.dtype)
+    if name not in _TORCH_DTYPES:
+        raise TypeError(f"dtype {name} is not supported; use bfloat16, float16 or float32")
+    out.data, out.dtype, out.rank = t.data_ptr(), _TORCH_DTYPES[name], len(t.shape)
+    for i, (size, stride) in enumerate(zip(t.shape, t.stride())):
+        out.shape[i], out.stride[i] = size, stride
+    return out
+
+
+class Engine:
+    """Plans, compiles, caches and tunes. Arguments left at None come from the KDA_JIT_ environment or the defaults."""
+
+    def __init__(self, cache_directory=None, tune=None, threads=0, tune_budget_seconds=0.0):
+        options = _EngineOptions(C.sizeof(_EngineOptions), 1, None if cache_directory is None else os.fsencode(cache_directory),
+                                 -1 if tune is None else TUNE.index(tune), threads, tune_budget_seconds)
+        self._handle = C.c_void_p()
+        _check(_lib.kda_engine_create(C.byref(options), C.byref(self._handle)))
+
+    def __del__(self):
+        if getattr(self, "_handle", None):
+            _lib.kda_engine_destroy(self._handle)
+
+    def compile_count(self):
+        return _lib.kda_engine_compile_count(self._handle)
+
+    def prepare(self, problem, device, sizes, variant=None):
+        """problem: the fields of kda::Problem by name, enums as strings; sizes: (batch, tokens, sequences)."""
+        spelled = dict(operation=OPERATIONS, dtype=DTYPES, gate_dtype=DTYPES, beta_dtype=DTYPES, state_dtype=DTYPES,
+                       state_layout=STATE_LAYOUTS, gate=GATES, cu_seqlens_type=INDEX_TYPES)
+        fields = dict(key_dim=128, value_dim=128, dtype="bf16", state_dtype="fp32", cu_seqlens_type="int64", **{
+            name: problem.get("dtype", "bf16") for name in ("gate_dtype", "beta_dtype") if name not in problem}) | problem
+        unknown = set(fields) - set(_PROBLEM)
+        if unknown:
+            raise TypeError(f"unknown problem field {', '.join(sorted(unknown))}")
+        p = _Problem(C.sizeof(_Problem))
+        for name, value in fields.items():
+            setattr(p, name, spelled[name].index(value) if name in spelled else int(value))
+        plan, kernel = C.c_void_p(), C.c_void_p()
+        _check(_lib.kda_plan_create(self._handle, C.byref(p), device.encode(), C.byref(_Sizes(*sizes)),
+                                    None if variant is None else variant.encode(), C.byref(plan)))
+        try:
+            _check(_lib.kda_prepare(self._handle, plan, C.byref(kernel)))
+        finally:
+            _lib.kda_plan_destroy(plan)
+        return Kernel(kernel)
+
+
+class Kernel:
+    def __init__(self, handle):
+        self._handle = handle
+
+    def __del__(self):
+        _lib.kda_kernel_destroy(self._handle)
+
+    def explain(self):
+        return _lib.kda_kernel_explain(self._handle).decode()
+
+    def workspace_bytes(self, sizes):
+        size = C.c_size_t()
+        _check(_lib.kda_kernel_workspace_bytes(self._handle, C.byref(_Sizes(*sizes)), C.byref(size)))
+        return size.value
+
+    def bind(self, tensors, cu_seqlens=None, scale=0.0, lower_bound=-5.0):
+        """The C arguments of a call; keep the tensors alive as long as the result is used."""
+        unknown = set(tensors) - set(TENSORS)
+        if unknown:
+            raise TypeError(f"unknown tensor {', '.join(sorted(unknown))}")
+        args = _Args(C.sizeof(_Args), scale, lower_bound)
+        for name, t in tensors.items():
+            setattr(args, name, _tensor(t))
+        if cu_seqlens is not None:
+            args.cu_seqlens = _IndexTensor(cu_seqlens.data_ptr(), 0 if "32" in str(cu_seqlens.dtype) else 1, 0, cu_seqlens.numel())
+        return args
+
+    def launch(self, args, workspace_pointer, workspace_bytes, stream=0):
+        _check(_lib.kda_kernel_execute(self._handle, C.byref(args), C.c_void_p(workspace_pointer), C.c_size_t(workspace_bytes),
+                                       C.c_void_p(stream)))
+
+    def execute(self, tensors, workspace, stream=0, **options):
+        """workspace: a byte tensor of at least workspace_bytes, or None when that is 0."""
+        pointer, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel() * workspace.element_size())
+        self.launch(self.bind(tensors, **options), pointer, size, stream)

@@ -1,0 +1,79 @@
+// kda-jit cache: what the persistent cache holds, whether it is sound, and a way to empty it.
+#include "cache/store.h"
+#include "command.h"
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+namespace kda::tools {
+namespace {
+
+/// The store of the environment's cache directory.
+Result<std::unique_ptr<cache::Store>> open_store() {
+  auto options = EngineOptions::from_environment();
+  if (!options) return tl::unexpected(options.error());
+  cache::StoreOptions store;
+  store.directory = options->cache_directory ? *options->cache_directory : cache::default_directory();
+  store.read_only = options->read_only_caches;
+  store.warn = [](const std::string& text) { fmt::print(stderr, "kda-jit: {}\n", text); };
+  return std::make_unique<cache::Store>(std::move(store));
+}
+
+int stat(bool json) {
+  const auto store = open_store();
+  if (!store) return report_error(store.error());
+  const cache::StoreStats stats = (*store)->stats();
+  const std::string directory = (*store)->directory().string();
+  if (json) {
+    const nlohmann::json out{
+        {"schema", 1}, {"directory", directory}, {"entries", stats.entries}, {"bytes", stats.bytes}};
+    fmt::print("{}\n", out.dump(1));
+  } else {
+    fmt::print("directory {}\nentries   {}\nbytes     {}\n",
+               directory.empty() ? "none (memory only)" : directory, stats.entries, stats.bytes);
+  }
+  return kOk;
+}
+
+int verify(bool remove, bool json) {
+  const auto store = open_store();
+  if (!store) return report_error(store.error());
+  const cache::VerifyReport report = (*store)->verify(remove);
+  if (json) {
+    const nlohmann::json out{{"schema", 1}, {"good", report.good}, {"bad", report.bad}, {"removed", remove}};
+    fmt::print("{}\n", out.dump(1));
+  } else {
+    for (const std::string& bad : report.bad)
+      fmt::print("bad: {}\n", bad);
+    fmt::print(
+        "{} good, {} bad{}\n", report.good, report.bad.size(),
+        report.bad.empty() ? "" : (remove ? ", removed" : "; `kda-jit cache verify --remove` removes them"));
+  }
+  return report.bad.empty() || remove ? kOk : kFailed;
+}
+
+int clear() {
+  const auto store = open_store();
+  if (!store) return report_error(store.error());
+  fmt::print("removed {} entries; tuning rows stay\n", (*store)->clear());
+  return kOk;
+}
+
+} // namespace
+
+void add_cache(CLI::App& app, int& exit) {
+  auto* const sub = app.add_subcommand("cache", "Look after the persistent cache (KDA_JIT_CACHE_DIR)");
+  sub->require_subcommand(1);
+  auto json = std::make_shared<bool>(false);
+  auto remove = std::make_shared<bool>(false);
+  auto* const stat_command = sub->add_subcommand("stat", "Directory, entries and bytes");
+  stat_command->add_flag("--json", *json, "JSON on stdout");
+  stat_command->callback([json, &exit] { exit = stat(*json); });
+  auto* const verify_command =
+      sub->add_subcommand("verify", "Check every entry; exit code 1 when one is bad");
+  verify_command->add_flag("--json", *json, "JSON on stdout");
+  verify_command->add_flag("--remove", *remove, "remove bad entries");
+  verify_command->callback([json, remove, &exit] { exit = verify(*remove, *json); });
+  sub->add_subcommand("clear", "Remove every entry")->callback([&exit] { exit = clear(); });
+}
+
+} // namespace kda::tools
