@@ -34,7 +34,8 @@ struct Gradients {
 /// The same by chunks of `chunk` tokens (any length), through L, M and the triangular inverse.
 [[nodiscard]] Outputs chunked(const Inputs&, int chunk);
 /// The adjoint of `recurrence`: every gradient with respect to the inputs as given (before norm, gate,
-/// sigmoid).
+/// sigmoid). d_initial_state is there also without an initial state (the gradient at zero); d_A_log and
+/// d_dt_bias are empty where the problem does not read them.
 [[nodiscard]] Gradients adjoint(const Inputs&, const OutputGradients&);
 /// Natural-log decay of g, [B,T,HV,K].
 [[nodiscard]] Array gate(const Inputs&);
