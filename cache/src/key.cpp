@@ -1,6 +1,5 @@
 #include "cache/key.h"
-#include <fmt/format.h>
-#include <xxhash.h>
+#include "hash.h"
 
 namespace kda::cache {
 
@@ -9,8 +8,7 @@ void KeyManifest::add(std::string_view name, std::string_view value) {
 }
 
 std::string KeyManifest::digest() const {
-  const XXH128_hash_t hash = XXH3_128bits(text_.data(), text_.size());
-  return fmt::format("{:016x}{:016x}", hash.high64, hash.low64);
+  return hex_digest(text_);
 }
 
 } // namespace kda::cache

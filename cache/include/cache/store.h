@@ -23,10 +23,10 @@ struct Entry {
 enum class Source : std::uint8_t { made, memory, disk, read_only };
 
 struct StoreOptions {
-  std::filesystem::path directory; ///< empty: memory only. A schema sub-folder is made under it.
-  std::vector<std::filesystem::path> read_only;
-  std::function<void(const std::string&)> warn; ///< once a cause
-  double lock_wait_seconds = 120;               ///< then a waiter makes its own
+  std::filesystem::path directory = {}; ///< empty: memory only. A schema sub-folder is made under it.
+  std::vector<std::filesystem::path> read_only = {};
+  std::function<void(const std::string&)> warn = {}; ///< once a cause
+  double lock_wait_seconds = 120;                    ///< then a waiter makes its own
 };
 
 struct StoreStats {

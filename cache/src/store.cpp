@@ -1,0 +1,254 @@
+#include "cache/store.h"
+#include "file_lock.h"
+#include "folder.h"
+#include <chrono>
+#include <condition_variable>
+#include <fmt/format.h>
+#include <mutex>
+#include <unordered_map>
+#include <unordered_set>
+
+namespace kda::cache {
+namespace fs = std::filesystem;
+
+struct Store::Impl {
+  StoreOptions options;
+  std::optional<Folder> user;
+  std::vector<Folder> read_only;
+
+  std::mutex mutex; // guards everything below; never held during disk work or a make
+  std::condition_variable idle;
+  std::unordered_map<std::string, std::shared_ptr<const Entry>> memory; // by manifest
+  std::unordered_set<std::string> busy;                                 // manifests that a thread is making
+  std::unordered_set<std::string> refused; // manifests whose files a loader refused: not read again
+  std::unordered_set<std::string> warned;  // causes
+  StoreStats counts;
+
+  bool warn(const Fault& fault); ///< whether it is the first of its cause
+  std::shared_ptr<const Entry> from_memory(const KeyManifest& key, Source* source);
+  std::shared_ptr<const Entry> from_disk(const KeyManifest& key, Source* source);
+  std::shared_ptr<const Entry> find(const KeyManifest& key, Source* source);
+  std::optional<FileLock> lock(const KeyManifest& key);
+  std::shared_ptr<const Entry> keep(const KeyManifest& key, Entry entry);
+
+  /// While it lives, its thread is the only one of this process that makes the key.
+  class Turn {
+  public:
+    Turn(Impl& impl, const std::string& manifest) : impl_(impl), manifest_(manifest) {
+      std::unique_lock lock(impl_.mutex);
+      impl_.idle.wait(lock, [&] { return impl_.busy.insert(manifest_).second; });
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    ~Turn() {
+      {
+        const std::lock_guard lock(impl_.mutex);
+        impl_.busy.erase(manifest_);
+      }
+      impl_.idle.notify_all();
+    }
+
+  private:
+    Impl& impl_;
+    const std::string& manifest_;
+  };
+};
+
+bool Store::Impl::warn(const Fault& fault) {
+  {
+    const std::lock_guard lock(mutex);
+    if (!warned.insert(fault.cause).second) return false;
+  }
+  if (options.warn) options.warn(fault.sentence);
+  return true;
+}
+
+std::shared_ptr<const Entry> Store::Impl::from_memory(const KeyManifest& key, Source* source) {
+  const std::lock_guard lock(mutex);
+  const auto found = memory.find(key.text());
+  if (found == memory.end()) return nullptr;
+  ++counts.memory_hits;
+  if (source) *source = Source::memory;
+  return found->second;
+}
+
+std::shared_ptr<const Entry> Store::Impl::from_disk(const KeyManifest& key, Source* source) {
+  {
+    const std::lock_guard lock(mutex);
+    if (refused.contains(key.text())) return nullptr;
+  }
+  const auto look = [&](const Folder& folder, Source where,
+                        std::int64_t& hits) -> std::shared_ptr<const Entry> {
+    auto loaded = folder.load(key);
+    if (!loaded) warn(loaded.error());
+    const std::lock_guard lock(mutex);
+    counts.corrupt += loaded ? 0 : 1;
+    if (!loaded || !*loaded) return nullptr;
+    ++hits;
+    if (source) *source = where;
+    return memory.try_emplace(key.text(), std::make_shared<const Entry>(*std::move(*loaded))).first->second;
+  };
+  if (user)
+    if (auto entry = look(*user, Source::disk, counts.disk_hits)) return entry;
+  for (const Folder& folder : read_only)
+    if (auto entry = look(folder, Source::read_only, counts.read_only_hits)) return entry;
+  return nullptr;
+}
+
+std::shared_ptr<const Entry> Store::Impl::find(const KeyManifest& key, Source* source) {
+  auto entry = from_memory(key, source);
+  return entry ? entry : from_disk(key, source);
+}
+
+std::optional<FileLock> Store::Impl::lock(const KeyManifest& key) {
+  if (!user) return std::nullopt;
+  // Again, not only in the constructor: the directory may have been removed since.
+  if (auto made = user->create(); !made) {
+    warn(made.error());
+    return std::nullopt;
+  }
+  auto lock = FileLock::acquire(user->lock_file(), key.digest(), options.lock_wait_seconds);
+  if (!lock) {
+    warn(lock.error());
+    return std::nullopt;
+  }
+  return std::move(*lock);
+}
+
+std::shared_ptr<const Entry> Store::Impl::keep(const KeyManifest& key, Entry entry) {
+  auto kept = std::make_shared<const Entry>(std::move(entry));
+  {
+    const std::lock_guard lock(mutex);
+    memory[key.text()] = kept;
+  }
+  if (!user) return kept;
+  if (auto published = user->publish(key, *kept); !published) {
+    warn(published.error());
+    return kept;
+  }
+  const std::lock_guard lock(mutex);
+  refused.erase(key.text());
+  return kept;
+}
+
+Store::Store(StoreOptions options) : impl_(std::make_unique<Impl>()) {
+  impl_->options = std::move(options);
+  for (const fs::path& directory : impl_->options.read_only)
+    impl_->read_only.emplace_back(directory);
+  if (impl_->options.directory.empty()) return;
+  impl_->user.emplace(impl_->options.directory);
+  if (auto made = impl_->user->create(); !made) impl_->warn(made.error());
+}
+
+Store::~Store() = default;
+
+std::shared_ptr<const Entry> Store::get(const KeyManifest& key, Source* source) {
+  auto entry = impl_->find(key, source);
+  if (!entry) {
+    const std::lock_guard lock(impl_->mutex);
+    ++impl_->counts.misses;
+  }
+  return entry;
+}
+
+std::shared_ptr<const Entry> Store::get_or_make(const KeyManifest& key,
+                                                const std::function<std::optional<Entry>()>& make,
+                                                Source* source) {
+  if (auto entry = impl_->from_memory(key, source)) return entry;
+  const Impl::Turn turn(*impl_, key.text());
+  if (auto entry = impl_->find(key, source)) return entry;
+  const std::optional<FileLock> lock = impl_->lock(key);
+  // The lock may have come from a process that published meanwhile.
+  if (lock)
+    if (auto entry = impl_->from_disk(key, source)) return entry;
+  {
+    const std::lock_guard guard(impl_->mutex);
+    ++impl_->counts.misses;
+  }
+  std::optional<Entry> made = make();
+  if (!made) return nullptr;
+  if (source) *source = Source::made;
+  return impl_->keep(key, *std::move(made));
+}
+
+void Store::discard(const KeyManifest& key, const std::string& why) {
+  {
+    const std::lock_guard lock(impl_->mutex);
+    impl_->memory.erase(key.text());
+    impl_->refused.insert(key.text());
+    ++impl_->counts.corrupt;
+  }
+  const std::string digest = key.digest();
+  impl_->warn({digest, fmt::format("discarding the cache entry {}: {}; it will be made anew", digest, why)});
+  if (impl_->user) {
+    std::error_code error; // if it stays, the next entry replaces it
+    fs::remove(impl_->user->entry_file(digest), error);
+  }
+}
+
+StoreStats Store::stats() const {
+  StoreStats stats;
+  {
+    const std::lock_guard lock(impl_->mutex);
+    stats = impl_->counts;
+  }
+  if (!impl_->user) return stats;
+  for (const fs::path& path : impl_->user->list().entries) {
+    std::error_code error;
+    const auto bytes = fs::file_size(path, error);
+    if (error) continue; // removed meanwhile
+    ++stats.entries;
+    stats.bytes += static_cast<std::int64_t>(bytes);
+  }
+  return stats;
+}
+
+VerifyReport Store::verify(bool remove_bad) {
+  VerifyReport report;
+  if (!impl_->user) return report;
+  const auto bad = [&](const fs::path& path, const std::string& why) {
+    report.bad.push_back(fmt::format("{}: {}", path.native(), why));
+    std::error_code error;
+    if (remove_bad && !fs::remove(path, error))
+      report.bad.back() += fmt::format(" (cannot remove it: {})", error.message());
+  };
+  const auto listing = impl_->user->list();
+  for (const fs::path& path : listing.entries) {
+    const std::string why = Folder::examine(path);
+    if (why.empty())
+      ++report.good;
+    else
+      bad(path, why);
+  }
+  for (const fs::path& path : listing.temporaries) {
+    std::error_code error;
+    const auto written = fs::last_write_time(path, error);
+    // A younger one may be a write in progress.
+    if (!error && fs::file_time_type::clock::now() - written > std::chrono::hours(1))
+      bad(path, "left behind by a write that was interrupted");
+  }
+  return report;
+}
+
+std::int64_t Store::clear() {
+  {
+    const std::lock_guard lock(impl_->mutex);
+    impl_->memory.clear();
+    impl_->refused.clear();
+  }
+  std::int64_t removed = 0;
+  if (!impl_->user) return removed;
+  const auto listing = impl_->user->list();
+  std::error_code error;
+  for (const fs::path& path : listing.entries)
+    removed += fs::remove(path, error) ? 1 : 0;
+  for (const fs::path& path : listing.temporaries)
+    fs::remove(path, error); // a writer that loses its temporary keeps its entry in memory
+  return removed;
+}
+
+fs::path Store::directory() const {
+  return impl_->user ? impl_->user->path() : fs::path();
+}
+
+} // namespace kda::cache
