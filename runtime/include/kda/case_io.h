@@ -56,7 +56,8 @@ public:
 
   [[nodiscard]] const Args& args() const { return args_; }
   /// An output by its name in the file (o, final_state, dq, dk, dv, dg, dbeta, dA_log, ddt_bias,
-  /// dinitial_state), states in [K,V]; waits for the device. invalid_argument for one that the call does not write.
+  /// dinitial_state), states in [K,V]; waits for the device. invalid_argument for one that the call does not
+  /// write.
   [[nodiscard]] Result<reference::Array> output(const std::string& name) const;
   /// The same as a tensor of a file: the problem's dtype and layout.
   [[nodiscard]] Result<safetensors::Tensor> output_tensor(const std::string& name) const;
