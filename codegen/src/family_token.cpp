@@ -1,21 +1,119 @@
 // Sizes and launches of recurrent.cu.
 #include "family.h"
+#include <algorithm>
+#include <cmath>
+#include <fmt/format.h>
 
 namespace kda {
 namespace {
 
+/// How a warp holds its part of the state; RowSpread in stages/token_load.cuh is the same arithmetic.
+struct Spread {
+  int lanes;    ///< that share a row of K
+  int channels; ///< of K that one lane holds
+  int rows;     ///< of V that a warp works on at a time
+};
+constexpr Spread spread_of(int key_dim) {
+  const int groups = key_dim / 4;
+  int lanes = 4;
+  while (lanes < groups && lanes < 32)
+    lanes *= 2;
+  return {lanes, 4 * ((groups + lanes - 1) / lanes), 32 / lanes};
+}
+
+/// Floats of the state that one lane keeps.
+constexpr int state_floats(const Spread& spread, const Variant& v) {
+  return v.rows / spread.rows * spread.channels;
+}
+
+/// Registers of a thread, fitted to ptxas 13.0 for sm_90a (within 25 of what it reports, mostly above). The
+/// pipelined form also holds the next token prepared and `stages` tokens as loaded.
+double registers(const Problem& p, const Spread& spread, const Variant& v) {
+  const double words = spread.channels / 4.0 * (2 * size_of(p.dtype) + size_of(p.gate_dtype));
+  const double pipeline = v.stages > 1 ? 3.0 * spread.channels + v.stages * words : 0;
+  return 68 + 1.45 * state_floats(spread, v) + pipeline;
+}
+
+std::string reject(const Problem& p, const Target& t, const Variant& v) {
+  const Spread spread = spread_of(p.key_dim);
+  if (v.rows < spread.rows)
+    return fmt::format("a warp works on {} rows at a time at K={}", spread.rows, p.key_dim);
+  if (v.rows > std::max(padded(p.value_dim), spread.rows))
+    return fmt::format("{} rows a warp are more than V={} has", v.rows, p.value_dim);
+  constexpr double kMostRegisters = 248; // 255 with a margin for what the fit misses
+  const double need = registers(p, spread, v);
+  if (need > kMostRegisters) return fmt::format("needs about {:.0f} registers a thread of 255", need);
+  if (need * 32 * v.scan_warps > t.registers_per_sm)
+    return fmt::format("needs about {:.0f} registers for {} warps, more than an SM has", need, v.scan_warps);
+  return {};
+}
+
 std::vector<std::string> kernel_entries(const Problem&) {
-  return {};
+  return {"kda_recurrent"};
 }
-void variants(const Problem&, const Target&, std::vector<Candidate>&) {}
-LaunchList launch_list(const Problem&, const Variant&, const Target&, const Sizes&) {
-  return {};
+
+void variants(const Problem& p, const Target& t, std::vector<Candidate>& all) {
+  for (const int stages : {1, 4})
+    for (const int rows : {1, 2, 4, 8, 16, 32})
+      for (const int warps : {1, 4}) {
+        Variant v;
+        v.algorithm = Algorithm::token;
+        v.rows = rows;
+        v.scan_warps = warps;
+        v.stages = stages;
+        all.push_back({v, reject(p, t, v)});
+      }
 }
+
+/// Warps of work: one a tile of rows of each state, and as many again for the padding behind packed tokens.
+std::int64_t units(const Problem& p, const Variant& v, const Sizes& s) {
+  const std::int64_t sequences = s.sequences + (p.varlen ? 1 : 0);
+  return sequences * p.value_heads * ((p.value_dim + v.rows - 1) / v.rows);
+}
+
+LaunchList launch_list(const Problem& p, const Variant& v, const Target&, const Sizes& s) {
+  LaunchList list;
+  const std::int64_t ctas = (units(p, v, s) + v.scan_warps - 1) / v.scan_warps;
+  if (ctas > 0)
+    list.add({0, {static_cast<unsigned>(ctas), 1, 1}, static_cast<unsigned>(v.scan_warps) * 32, 0});
+  return list;
+}
+
 WorkspaceLayout buffers(const Problem&, const Variant&, const Sizes&) {
   return {};
 }
-double estimate(const Problem&, const Variant&, const Target&, const Sizes&) {
-  return 0;
+
+/// Bytes that must move: every token tensor once, and the states in and out.
+double bytes_of(const Problem& p, const Sizes& s) {
+  const double tokens = static_cast<double>(s.batch) * static_cast<double>(s.tokens);
+  const double per_token = 2.0 * p.heads * p.key_dim * size_of(p.dtype) +
+                           p.value_heads * (2.0 * p.value_dim * size_of(p.dtype) +
+                                            p.key_dim * size_of(p.gate_dtype) + size_of(p.beta_dtype));
+  return tokens * per_token + 2.0 * static_cast<double>(s.sequences) * p.value_heads * p.key_dim *
+                                  p.value_dim * size_of(p.state_dtype);
+}
+
+double estimate(const Problem& p, const Variant& v, const Target& t, const Sizes& s) {
+  const Spread spread = spread_of(p.key_dim);
+  const double floats = state_floats(spread, v);
+  const double warps = static_cast<double>(units(p, v, s));
+  const double sequences = std::max(1.0, static_cast<double>(s.sequences));
+  const double length = static_cast<double>(s.batch) * static_cast<double>(s.tokens) / sequences;
+
+  constexpr double kBytesPerUs = 3.0e6; // device copy on an H100
+  constexpr double kCyclesPerUs = 1755; // sustained clock of an H100
+  constexpr double kLaunchUs = 3.0;     // launch, first load and last store
+  constexpr double kLoadCycles = 900;   // a token's loads, exposed when nothing runs ahead
+  constexpr double kChainCycles = 330;  // multiply, reduce, broadcast, update
+  const double issue = 55 + 25.0 * spread.channels + 5.5 * floats + 6.0 * v.rows / spread.rows;
+  const double per_token = std::max(kChainCycles, issue) + (v.stages > 1 ? 0 : kLoadCycles);
+
+  const double warps_per_sm = std::clamp(std::floor(2048 / registers(p, spread, v)), 1.0, 64.0);
+  const double waves = std::ceil(warps / (warps_per_sm * t.multiprocessors));
+  const double chain_us = waves * (length * per_token + (v.stages > 1 ? kLoadCycles : 0)) / kCyclesPerUs;
+  const double issue_us = warps * length * issue / (4.0 * t.multiprocessors) / kCyclesPerUs;
+  const double memory_us = bytes_of(p, s) / kBytesPerUs;
+  return kLaunchUs + std::max({chain_us, issue_us, memory_us}) + 0.01 * v.scan_warps;
 }
 
 } // namespace
