@@ -1,0 +1,125 @@
+#pragma once
+// One CTA: its fibers, the scheduler, barriers and warp operations.
+#include "cuda/kernel_args.cuh"
+#include "emulator.h"
+#include "fiber.h"
+#include <random>
+#include <string>
+#include <vector>
+
+namespace kda::emulator {
+
+using Entry = void (*)(KernelArgs);
+
+struct Job {
+  Entry entry = nullptr;
+  const KernelArgs* arguments = nullptr;
+  std::array<unsigned, 3> grid{1, 1, 1};
+  int threads = 0;
+  std::size_t shared_bytes = 0;
+  std::uint64_t seed = 0;
+  Copies copies = Copies::late;
+};
+
+class Cta;
+struct PendingCopy {
+  void* to;
+  const void* from;
+  int bytes;
+  bool valid;
+  int group;
+};
+/// Thread comes first: Thread* and Fiber* are the same address.
+struct Fiber : Thread {
+  Cta* cta = nullptr;
+  void* stack = nullptr;
+  const char* waits_in = nullptr; ///< null while it can run
+  const void* place = nullptr;    ///< return address in the kernel
+  bool done = false;
+  int groups = 0; ///< committed so far
+  std::vector<PendingCopy> copies;
+};
+
+/// Runs the CTAs of one worker. The shared memory of a CTA holds NaN until it is written, and ends at a page
+/// that cannot be touched.
+class Cta {
+public:
+  Cta() = default;
+  Cta(const Cta&) = delete;
+  Cta& operator=(const Cta&) = delete;
+  ~Cta();
+
+  /// Empty when CTA `linear` of the grid ran to its end; else what went wrong, and where.
+  [[nodiscard]] std::string run(const Job& job, std::size_t linear);
+
+  // Called from fibers.
+  void collective(Fiber& fiber, WarpOperation operation, void* arguments, const void* place);
+  void barrier(Fiber& fiber, int id, int threads, const void* place);
+  void copy(Fiber& fiber, const PendingCopy& copy);
+  void wait(Fiber& fiber, int pending);
+  [[noreturn]] void fail(std::string text);
+  [[noreturn]] void finish(Fiber& fiber);
+  [[nodiscard]] const Job& job() const { return *job_; }
+  /// Where a fault at this address comes from, e.g. "thread 37 of block 0,1,0".
+  [[nodiscard]] std::string describe_current() const;
+
+private:
+  struct Warp {
+    unsigned ready = 0, arrived = 0;
+    WarpOperation operation = WarpOperation::sync;
+    void* arguments[32] = {};
+  };
+  struct Barrier {
+    int threads = 0;
+    std::vector<Fiber*> waiting;
+  };
+
+  bool prepare_shared();
+  void start(std::size_t linear);
+  void shuffle_warps();
+  [[nodiscard]] Fiber* pick();
+  void block(Fiber& fiber, const char* in, const void* place);
+  void wake(const Fiber& fiber);
+  [[nodiscard]] std::string deadlock_report() const;
+  [[nodiscard]] std::string check_shared() const;
+
+  const Job* job_ = nullptr;
+  Stacks stacks_;
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  std::vector<std::size_t> order_; ///< warps, the first that is ready runs
+  std::array<Barrier, 16> barriers_;
+  std::minstd_rand random_;
+  Fiber* running_ = nullptr;
+  void* main_stack_ = nullptr;
+  int live_ = 0;
+  std::string error_;
+  unsigned char* map_ = nullptr; ///< guard page, shared memory, guard page
+  std::size_t map_bytes_ = 0;
+  unsigned char* shared_ = nullptr;
+};
+
+/// The lanes of a complete warp meet: does the operation for all of them. Empty, or what was wrong.
+[[nodiscard]] std::string run_operation(WarpOperation operation, void* const* arguments,
+                                        const unsigned char* shared, std::size_t shared_bytes);
+[[nodiscard]] const char* name_of(WarpOperation operation);
+
+/// "chunk_forward.cu:123" (innermost inlined frame outside primitives first), or the bare address.
+[[nodiscard]] std::string source_place(const void* address);
+
+extern const Services kServices;
+
+/// While one lives on a thread, SIGSEGV, SIGBUS, SIGILL and SIGFPE raised by `cta`'s fibers end that CTA with
+/// an error. Only for the emulator's own worker threads.
+class FaultScope {
+public:
+  explicit FaultScope(Cta& cta);
+  ~FaultScope();
+  FaultScope(const FaultScope&) = delete;
+  FaultScope& operator=(const FaultScope&) = delete;
+
+private:
+  std::vector<unsigned char> stack_;
+};
+
+} // namespace kda::emulator

@@ -1,0 +1,102 @@
+// Signals raised by a kernel become errors of its launch, and addresses become lines of the source.
+#include "cta.h"
+#include "memory.h"
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+#include <dlfcn.h>
+#include <filesystem>
+#include <fmt/format.h>
+#include <mutex>
+#include <ucontext.h>
+
+namespace kda::emulator {
+namespace {
+
+thread_local Cta* guarded = nullptr;
+constexpr std::array kSignals = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+std::array<struct sigaction, kSignals.size()> previous;
+
+std::string what(int signal, const siginfo_t& info, const ucontext_t& context) {
+  if (signal == SIGILL) // __builtin_trap of -fsanitize=alignment,bounds
+    return "a misaligned vector, or an index outside of an array in registers";
+  if (signal == SIGFPE) return "an integer division by zero";
+  const bool write = (context.uc_mcontext.gregs[REG_ERR] & 2) != 0;
+  return fmt::format("a {} of {}", write ? "write" : "read", Memory::describe(info.si_addr));
+}
+
+void handle(int signal, siginfo_t* info, void* raw) {
+  if (guarded == nullptr) { // not ours: as if we had never been here
+    for (std::size_t i = 0; i < kSignals.size(); ++i)
+      if (kSignals[i] == signal) sigaction(signal, &previous[i], nullptr);
+    return;
+  }
+  const auto& context = *static_cast<const ucontext_t*>(raw);
+  const auto* pc = reinterpret_cast<const char*>(context.uc_mcontext.gregs[REG_RIP]);
+  // A fault of generated code holds no lock, so formatting here is safe; the fiber is never resumed.
+  guarded->fail(fmt::format("{} by {} at {}", what(signal, *info, context), guarded->describe_current(),
+                            source_place(pc + 1)));
+}
+
+/// Installed before every launch: others (a test framework) may have put theirs in front.
+void install() {
+  static std::mutex mutex;
+  const std::scoped_lock lock(mutex);
+  struct sigaction action = {};
+  action.sa_sigaction = handle;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER; // the handler leaves by switching stacks
+  for (std::size_t i = 0; i < kSignals.size(); ++i) {
+    struct sigaction old = {};
+    sigaction(kSignals[i], &action, &old);
+    if (old.sa_sigaction != handle) previous[i] = old;
+  }
+}
+
+std::string run_command(const std::string& command) {
+  std::string out;
+  FILE* pipe = popen(command.c_str(), "r");
+  if (pipe == nullptr) return out;
+  char line[512];
+  while (std::fgets(line, sizeof line, pipe) != nullptr)
+    out += line;
+  pclose(pipe);
+  return out;
+}
+
+} // namespace
+
+std::string source_place(const void* address) {
+  Dl_info info;
+  if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return fmt::format("{}", address);
+  const auto offset = static_cast<const char*>(address) - static_cast<const char*>(info.dli_fbase) - 1;
+  const std::string frames =
+      run_command(fmt::format("addr2line -i -e '{}' {:#x} 2>/dev/null", info.dli_fname, offset));
+  // Innermost first; the first line outside of the primitives says most, its callers follow.
+  std::string place;
+  for (std::size_t at = 0; at < frames.size();) {
+    const std::size_t end = std::min(frames.find('\n', at), frames.size());
+    const std::string frame = frames.substr(at, end - at);
+    at = end + 1;
+    if (frame.find("/primitives/") != std::string::npos || frame.find("??") != std::string::npos) continue;
+    place += (place.empty() ? "" : " < ") + std::filesystem::path(frame).filename().string();
+  }
+  return place.empty() ? fmt::format("{}+{:#x}", info.dli_fname, offset) : place;
+}
+
+FaultScope::FaultScope(Cta& cta) : stack_(std::size_t{128} << 10) {
+  guarded = &cta;
+  stack_t stack = {};
+  stack.ss_sp = stack_.data();
+  stack.ss_size = stack_.size();
+  sigaltstack(&stack, nullptr);
+  install();
+}
+
+FaultScope::~FaultScope() {
+  guarded = nullptr;
+  stack_t stack = {};
+  stack.ss_flags = SS_DISABLE;
+  sigaltstack(&stack, nullptr);
+}
+
+} // namespace kda::emulator

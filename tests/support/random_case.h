@@ -1,0 +1,41 @@
+#pragma once
+// Random KDA calls for the kernel tests: inputs in float64 that the problem's dtypes hold exactly, and what
+// the float64 reference makes of them.
+#include "kda/reference.h"
+#include <string>
+
+namespace kda::test {
+
+/// How fast the state is forgotten; what the numerics of a chunk kernel depend on.
+enum class Regime : std::uint8_t {
+  fast,      ///< about -2.5 a token in every channel, -5 at most
+  slow,      ///< -1e-4 to -0.05 a token in most channels, -1 to -5 in one of ten
+  unbounded, ///< -1e-3 to -60 a token (a bounded gate stops at its bound)
+  spikes,    ///< slow, with -1e4 and -inf here and there; for precomputed gates
+};
+[[nodiscard]] Result<Regime> parse_regime(std::string_view name);
+
+struct CaseOptions {
+  Problem problem;
+  std::int64_t batch = 1, tokens = 70; ///< not packed
+  std::vector<std::int64_t> lengths;   ///< packed: of the sequences, 0 allowed
+  std::int64_t padding = 0;            ///< packed: tokens behind the last sequence
+  Regime regime = Regime::fast;
+  bool initial_state = true;
+  std::uint64_t seed = 1;
+};
+
+/// A tensor that a call writes: states in [K,V], gradients by the names of Args.
+struct Expected {
+  std::string name;
+  reference::Array values;
+};
+struct TestCase {
+  reference::Inputs inputs; ///< `problem` and `sizes` among them
+  reference::OutputGradients gradients;
+  reference::Array d_gate; ///< gate_backward: what comes in
+  std::vector<Expected> expected;
+};
+[[nodiscard]] TestCase random_case(const CaseOptions& options);
+
+} // namespace kda::test
