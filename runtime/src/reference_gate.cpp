@@ -46,7 +46,8 @@ GateValue gate_value(const Inputs& in, double raw, double bias, double a) {
   return {in.lower_bound * sigmoid(x), in.lower_bound * sigmoid_derivative(x), 0};
 }
 
-/// Calls visit(index of [B*T,HV,K], hv, index of [HV,K], value) for every gate.
+/// Calls visit(index of [B*T,HV,K], hv, index of [HV,K], value) for every gate; padding behind packed tokens
+/// is not visited.
 template <class Visit>
 void for_each_gate(const Inputs& in, Visit visit) {
   const auto value_heads = static_cast<std::size_t>(in.problem.value_heads);
@@ -56,7 +57,9 @@ void for_each_gate(const Inputs& in, Visit visit) {
   if (reads_a_log(in.problem.gate))
     for (std::size_t hv = 0; hv < value_heads; ++hv)
       a[hv] = std::exp(in.A_log[hv]);
-  for (std::size_t i = 0; i < in.g.size(); ++i) {
+  const std::size_t end =
+      in.cu_seqlens.empty() ? in.g.size() : static_cast<std::size_t>(in.cu_seqlens.back()) * row;
+  for (std::size_t i = 0; i < end; ++i) {
     const std::size_t channel = i % row, hv = channel / per_head;
     const double bias = in.problem.dt_bias ? in.dt_bias[channel] : 0;
     visit(i, hv, channel, gate_value(in, in.g[i], bias, a[hv]));

@@ -39,7 +39,7 @@ KDA_DEVICE Tile find_tile(const KernelArgs& args) {
   t.begin = t.index % per_row * kTileTokens;
   t.end = min(t.begin + kTileTokens, args.tokens);
   t.packed_end = args.tokens;
-  if constexpr (Config::varlen)
+  if (Config::varlen && args.cu_seqlens != nullptr)
     t.packed_end = static_cast<const Config::Index*>(args.cu_seqlens)[args.sequences];
   t.lane = lane_index() % Spread::lanes;
   t.part = lane_index() / Spread::lanes;
