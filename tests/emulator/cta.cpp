@@ -10,7 +10,7 @@
 namespace kda::emulator {
 namespace {
 
-constexpr std::size_t kPage = 4096;
+constexpr std::size_t kPage = 4096, kGuard = std::size_t{1} << 20;
 constexpr unsigned char kPoison = 0xFF; // NaN in every floating type
 
 Fiber& current_fiber() {
@@ -61,26 +61,26 @@ Cta::~Cta() {
 
 bool Cta::prepare_shared() {
   const std::size_t bytes = (job_->shared_bytes + kPage - 1) / kPage * kPage;
-  if (map_ == nullptr || map_bytes_ != bytes + 2 * kPage) {
+  if (map_ == nullptr || map_bytes_ != bytes + 2 * kGuard) {
     if (map_ != nullptr) munmap(map_, map_bytes_);
     map_ = nullptr;
-    map_bytes_ = bytes + 2 * kPage;
+    map_bytes_ = bytes + 2 * kGuard;
     void* map = mmap(nullptr, map_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (map == MAP_FAILED) return false;
     map_ = static_cast<unsigned char*>(map);
-    mprotect(map_, kPage, PROT_NONE);
-    mprotect(map_ + kPage + bytes, kPage, PROT_NONE);
+    mprotect(map_, kGuard, PROT_NONE);
+    mprotect(map_ + kGuard + bytes, kGuard, PROT_NONE);
   }
-  // As far right as 1,024-byte alignment allows; what is left before the guard page is checked at the end.
+  // As far right as 1,024-byte alignment allows; what is left before the guard is checked at the end.
   const std::size_t used = (job_->shared_bytes + 1023) / 1024 * 1024;
-  shared_ = map_ + kPage + bytes - used;
-  std::memset(map_ + kPage, kPoison, bytes);
+  shared_ = map_ + kGuard + bytes - used;
+  std::memset(map_ + kGuard, kPoison, bytes);
   return true;
 }
 
 std::string Cta::check_shared() const {
-  const unsigned char* const end = map_ + map_bytes_ - kPage;
-  for (const unsigned char* p = map_ + kPage; p < end; ++p) {
+  const unsigned char* const end = map_ + map_bytes_ - kGuard;
+  for (const unsigned char* p = map_ + kGuard; p < end; ++p) {
     const bool inside = p >= shared_ && p < shared_ + job_->shared_bytes;
     if (!inside && *p != kPoison)
       return fmt::format("a write to byte {} of shared memory, of which the launch asked for {}", p - shared_,

@@ -75,7 +75,8 @@ std::string source_place(const void* address) {
   std::string place;
   for (std::size_t at = 0; at < frames.size();) {
     const std::size_t end = std::min(frames.find('\n', at), frames.size());
-    const std::string frame = frames.substr(at, end - at);
+    // Without a "(discriminator 4)".
+    const std::string frame = frames.substr(at, std::min(end, frames.find(' ', at)) - at);
     at = end + 1;
     if (frame.find("/primitives/") != std::string::npos || frame.find("??") != std::string::npos) continue;
     place += (place.empty() ? "" : " < ") + std::filesystem::path(frame).filename().string();

@@ -9,7 +9,7 @@
 namespace kda::emulator {
 namespace {
 
-constexpr std::size_t kPage = 4096, kAlignment = 256;
+constexpr std::size_t kPage = 4096, kGuard = std::size_t{1} << 20, kAlignment = 256;
 constexpr unsigned char kPoison = 0xFF, kCanary = 0xCB;
 
 struct Buffer {
@@ -23,7 +23,7 @@ struct Buffer {
                        bytes);
   }
   [[nodiscard]] std::string check() const {
-    for (const unsigned char* p = map + kPage; p < map + map_bytes - kPage; ++p)
+    for (const unsigned char* p = map + kGuard; p < map + map_bytes - kGuard; ++p)
       if ((p < data || p >= data + bytes) && *p != kCanary) return "a write to " + text(p);
     return {};
   }
@@ -37,14 +37,14 @@ std::map<const void*, Buffer> buffers; // by data
 void* Memory::allocate(std::size_t bytes) {
   const std::size_t used = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   const std::size_t body = (used + kPage - 1) / kPage * kPage + (used == 0 ? kPage : 0);
-  Buffer b{nullptr, body + 2 * kPage, nullptr, bytes};
+  Buffer b{nullptr, body + 2 * kGuard, nullptr, bytes};
   void* map = mmap(nullptr, b.map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (map == MAP_FAILED) return nullptr;
   b.map = static_cast<unsigned char*>(map);
-  mprotect(b.map, kPage, PROT_NONE);
-  mprotect(b.map + kPage + body, kPage, PROT_NONE);
-  b.data = b.map + kPage + body - used - (used == 0 ? kAlignment : 0);
-  std::memset(b.map + kPage, kCanary, body);
+  mprotect(b.map, kGuard, PROT_NONE);
+  mprotect(b.map + kGuard + body, kGuard, PROT_NONE);
+  b.data = b.map + kGuard + body - used - (used == 0 ? kAlignment : 0);
+  std::memset(b.map + kGuard, kCanary, body);
   std::memset(b.data, kPoison, bytes);
   const std::scoped_lock lock(mutex);
   buffers.emplace(b.data, b);
