@@ -122,6 +122,15 @@ std::vector<Expected> expect_gradients(const reference::Gradients& g) {
   return all;
 }
 
+/// Zeros the rows behind the last packed sequence: nobody's tokens, which every kernel leaves out.
+Array without_padding(const reference::Inputs& in, Array x) {
+  if (in.cu_seqlens.empty()) return x;
+  const std::size_t row = x.size() / static_cast<std::size_t>(in.sizes.tokens);
+  std::fill(x.begin() + static_cast<std::ptrdiff_t>(row * static_cast<std::size_t>(in.cu_seqlens.back())),
+            x.end(), 0);
+  return x;
+}
+
 std::vector<Expected> expect(const TestCase& c) {
   switch (c.inputs.problem.operation) {
   case Operation::forward:
@@ -130,10 +139,10 @@ std::vector<Expected> expect(const TestCase& c) {
     return {{"o", std::move(out.o)}, {"final_state", std::move(out.final_state)}};
   }
   case Operation::backward: return expect_gradients(reference::adjoint(c.inputs, c.gradients));
-  case Operation::gate: return {{"o", reference::gate(c.inputs)}};
+  case Operation::gate: return {{"o", without_padding(c.inputs, reference::gate(c.inputs))}};
   case Operation::gate_backward: break;
   }
-  return expect_gradients(reference::gate_adjoint(c.inputs, c.d_gate));
+  return expect_gradients(reference::gate_adjoint(c.inputs, without_padding(c.inputs, c.d_gate)));
 }
 
 } // namespace

@@ -120,7 +120,7 @@ int run(Arguments& a) {
     fmt::print("seed {}: {} launches, {:.0f} ms\n{}", seed, report.launches, report.milliseconds,
                to_string(report));
     for (const test::TensorReport& t : report.tensors)
-      bad += t.not_finite != 0 || !(t.error < 0.05) ? 1 : 0;
+      bad += t.not_finite != 0 || !(t.error < test::tolerance(p, variant, t.name)) ? 1 : 0;
   }
   return bad == 0 ? 0 : 1;
 }
