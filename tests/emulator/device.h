@@ -50,7 +50,7 @@ struct Thread {
 constexpr unsigned long kStackBytes = 256UL << 10;
 inline __attribute__((always_inline)) Thread& current() {
   const auto sp = reinterpret_cast<unsigned long>(__builtin_frame_address(0));
-  return **reinterpret_cast<Thread**>((sp | (kStackBytes - 1)) - (sizeof(Thread*) - 1));
+  return **reinterpret_cast<Thread**>((sp | (kStackBytes - 1)) - (sizeof(void*) - 1));
 }
 
 } // namespace kda::emulator

@@ -17,6 +17,13 @@ Run threads(unsigned count, unsigned shared_bytes, std::size_t outputs) {
   return r;
 }
 
+std::string joined(std::initializer_list<std::string> parts) {
+  std::string all;
+  for (const std::string& part : parts)
+    all += part;
+  return all;
+}
+
 /// The message of a launch that must fail.
 std::string error_of(const std::string& body, const Run& run) {
   const auto result = run_text(body, run);
@@ -40,7 +47,7 @@ TEST_CASE("a missing block barrier gives a wrong result in some order of warps")
   for (const std::uint64_t seed : {0, 1, 2, 3}) {
     Run r = threads(128, 512, 128);
     r.options.seed = seed;
-    CHECK(reverses(run_text(write + "sync_block();" + read, r)));
+    CHECK(reverses(run_text(joined({write, "sync_block();", read}), r)));
     wrong += reverses(run_text(write + read, r)) ? 0 : 1;
   }
   CHECK(wrong > 0);
@@ -54,7 +61,7 @@ TEST_CASE("a missing barrier before shared memory is reused gives a wrong result
   for (const std::uint64_t seed : {0, 1, 2, 3}) {
     Run r = threads(128, 512, 128);
     r.options.seed = seed;
-    CHECK(reverses(run_text(first + "sync_block();" + second, r)));
+    CHECK(reverses(run_text(joined({first, "sync_block();", second}), r)));
     wrong += reverses(run_text(first + second, r)) ? 0 : 1;
   }
   CHECK(wrong > 0);

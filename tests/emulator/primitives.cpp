@@ -103,10 +103,11 @@ TEST_CASE("ldmatrix gives lane l the elements 2(l%4) and 2(l%4)+1 of row l/4") {
     out[lane * 8 + 4 + i] = static_cast<float>(s[i] >> 16);
   })";
   const std::vector<float> out = run(body, one_warp({}, 256, 512));
+  const auto element = [](int matrix, int row, int column) { return matrix * 64 + row * 8 + column; };
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i) {
-      CHECK(out[lane * 8 + i] == static_cast<float>(i * 64 + lane / 4 * 8 + lane % 4 * 2));
-      CHECK(out[lane * 8 + 4 + i] == static_cast<float>(i * 64 + (lane % 4 * 2 + 1) * 8 + lane / 4));
+      CHECK(out[lane * 8 + i] == static_cast<float>(element(i, lane / 4, lane % 4 * 2)));
+      CHECK(out[lane * 8 + 4 + i] == static_cast<float>(element(i, lane % 4 * 2 + 1, lane / 4)));
     }
 }
 

@@ -174,7 +174,7 @@ private:
     arg = {data_of(name, values), stride[0], stride[1], stride[2]};
     return {};
   }
-  Status state(std::string name, StateTensor& arg, const reference::Array* values) {
+  Status state(const std::string& name, StateTensor& arg, const reference::Array* values) {
     const bool v_k = p_.state_layout == StateLayout::v_k;
     Buffer b{name, p_.state_dtype, {1, s_.sequences, p_.value_heads, p_.key_dim * p_.value_dim}};
     set_strides(b, options_.strided ? 16 / size_of(p_.state_dtype) : 0);
@@ -186,7 +186,7 @@ private:
     return {};
   }
   template <class T>
-  Status flat(std::string name, T*& arg, std::int64_t count, const reference::Array* values) {
+  Status flat(const std::string& name, T*& arg, std::int64_t count, const reference::Array* values) {
     Buffer b{name, DType::fp32, {1, 1, 1, count}};
     set_strides(b, 0);
     if (Status ok = keep(std::move(b), values); !ok) return ok;
@@ -302,12 +302,17 @@ private:
 
 Result<RunReport> run_case(const Backend& backend, const TestCase& c, const Variant& variant,
                            RunOptions options) {
-  const Problem& p = c.inputs.problem;
-  const auto unit = emit(p, variant, backend.target());
+  const auto unit = emit(c.inputs.problem, variant, backend.target());
   if (!unit) return tl::unexpected(unit.error());
-  const auto image = backend.compile(*unit);
+  return run_unit(backend, *unit, c, variant, options);
+}
+
+Result<RunReport> run_unit(const Backend& backend, const SourceUnit& unit, const TestCase& c,
+                           const Variant& variant, RunOptions options) {
+  const Problem& p = c.inputs.problem;
+  const auto image = backend.compile(unit);
   if (!image) return tl::unexpected(image.error());
-  const auto module = backend.load(*unit, *image);
+  const auto module = backend.load(unit, *image);
   if (!module) return tl::unexpected(module.error());
 
   Call call(backend, c, options);

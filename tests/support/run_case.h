@@ -27,6 +27,9 @@ struct RunReport {
 /// Fails with device_error also when an input, a gap between rows or the memory around a buffer was written.
 /// Outputs and each slot of the workspace are buffers of their own that hold NaN before the call.
 [[nodiscard]] Result<RunReport> run_case(const Backend&, const TestCase&, const Variant&, RunOptions = {});
+/// The same with a source that the caller has emitted, and perhaps changed: to plant a fault.
+[[nodiscard]] Result<RunReport> run_unit(const Backend&, const SourceUnit&, const TestCase&, const Variant&,
+                                         RunOptions = {});
 /// The error that a right kernel stays below, whatever the device: 5e-3 to 2e-2 for tensor cores, and for
 /// fp32 arithmetic 2e-5 and one rounding of the output.
 [[nodiscard]] double tolerance(const Problem&, const Variant&, const std::string& tensor);
