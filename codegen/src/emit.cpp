@@ -90,9 +90,9 @@ Result<SourceUnit> emit(const Problem& p, const Variant& v, const Target& t) {
   unit.main = std::string(*main);
   unit.entries = family.entries(p);
   std::set<std::string> seen{"config.cuh"};
-  unit.files.push_back({"config.cuh", config_header(p, v)});
-  if (const Status ok = add_includes(unit.files[0].text, seen, unit.files); !ok)
-    return tl::unexpected(ok.error());
+  const std::string config = config_header(p, v); // not a reference into `files`, which grows
+  unit.files.push_back({"config.cuh", config});
+  if (const Status ok = add_includes(config, seen, unit.files); !ok) return tl::unexpected(ok.error());
   if (const Status ok = add_includes(unit.main, seen, unit.files); !ok) return tl::unexpected(ok.error());
   std::sort(unit.files.begin(), unit.files.end(),
             [](const SourceFile& a, const SourceFile& b) { return a.name < b.name; });
