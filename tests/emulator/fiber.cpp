@@ -33,11 +33,20 @@ kda_switch_stack:
 namespace kda::emulator {
 namespace {
 constexpr std::size_t kGuardBytes = 4096;
+
+/// Fibers end without returning: under AddressSanitizer their frames are still marked.
+void forget_frames([[maybe_unused]] unsigned char* stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack, kStackBytes);
+#endif
+}
 } // namespace
 
 Stacks::~Stacks() {
-  for (unsigned char* stack : stacks_)
+  for (unsigned char* stack : stacks_) {
+    forget_frames(stack);
     munmap(stack, kStackBytes);
+  }
 }
 
 bool Stacks::reserve(std::size_t count) {
@@ -58,9 +67,7 @@ bool Stacks::reserve(std::size_t count) {
 }
 
 void* Stacks::prepare(std::size_t i, Thread* thread, void (*entry)()) const {
-#if defined(__SANITIZE_ADDRESS__) // fibers end without returning: their frames are still marked
-  __asan_unpoison_memory_region(stacks_[i], kStackBytes);
-#endif
+  forget_frames(stacks_[i]);
   auto** word = reinterpret_cast<void**>(stacks_[i] + kStackBytes);
   *--word = thread;
   *--word = nullptr;
