@@ -1,0 +1,322 @@
+#pragma once
+// Chunk-parallel part of the forward: from q, k, v, g and beta of some chunks of one value head to their
+// factor records (record.cuh). No chunk needs another.
+//
+// Budget at K = V = 128, bf16, C = 64, 4 warps: reads 1,026 B and writes 1,112 B a token and head, 77 KB of
+// shared memory so that 3 CTAs share an SM and cover each other's barriers (8 + C/16 of them), about 55
+// instructions an element, 740 mma.sync of 16x8x16.
+#include "chunk_forward/record.cuh"
+#include "stages/decay.cuh"
+#include "stages/pair.cuh"
+#include "stages/solve.cuh"
+
+namespace kda {
+
+constexpr int kPrepareThreads = Config::prepare_warps * 32;
+/// Tiles of 16 tokens a CTA works on: 4, or fewer where K is wide and chunks are short.
+constexpr int prepare_tiles() {
+  int tiles = 4;
+  while (tiles > kChunkTiles && kPrepareThreads / tiles * 4 < kPaddedK)
+    tiles /= 2;
+  return tiles;
+}
+constexpr int kPrepareTiles = prepare_tiles();
+constexpr int kPrepareChunks = kPrepareTiles / kChunkTiles;
+constexpr int kPrepareRows = kPrepareTiles * kTileRows;
+using PrepareMap = ChannelMap<kPrepareThreads, kPrepareTiles>;
+
+/// Shared memory, byte offsets. Operands of the pair products die before the solve begins, and its matrices
+/// and v take their place.
+struct PrepareShared {
+  static constexpr int key_tile = Tile<kPaddedK>::bytes(kPrepareRows);
+  static constexpr int sums_bytes = kPrepareTiles * kPaddedK * 4;
+  static constexpr int decayed_k = 0; ///< k 2^(G - G before the tile)
+  static constexpr int total = decayed_k + key_tile;
+  static constexpr int head = total + sums_bytes;
+  static constexpr int tail = head + sums_bytes;
+  static constexpr int q_factor = tail + sums_bytes;
+  static constexpr int k_factor = q_factor + kPrepareRows * 4;
+  static constexpr int beta = k_factor + kPrepareRows * 4;
+  static constexpr int spans = beta + kPrepareRows * 4;
+  static constexpr int shared_region = (spans + kPrepareChunks * 24 + 15) / 16 * 16;
+  static constexpr int row_q = shared_region;
+  static constexpr int row_k = row_q + key_tile;
+  static constexpr int column_k = row_k + key_tile;
+  static constexpr int pair_end = column_k + key_tile;
+  static constexpr int matrix = shared_region;
+  static constexpr int t_transposed = matrix + kPrepareRows * kSolveStride * 4;
+  static constexpr int v = t_transposed + TransposedT::bytes(kPrepareRows);
+  static constexpr int solve_end = v + Tile<kPaddedV>::bytes(kPrepareRows);
+  static constexpr int bytes = pair_end > solve_end ? pair_end : solve_end;
+};
+static_assert(sizeof(ChunkSpan) == 24);
+
+template <class T>
+KDA_DEVICE T* shared_at(int offset) {
+  return reinterpret_cast<T*>(shared_memory() + offset);
+}
+KDA_DEVICE GateSums prepare_sums() {
+  return {shared_at<float>(PrepareShared::total), shared_at<float>(PrepareShared::head),
+          shared_at<float>(PrepareShared::tail)};
+}
+/// Sum of the gates of tiles [first, last) of the CTA, per channel of this thread.
+template <int width>
+KDA_DEVICE void sum_tiles(const float* total, int first, int last, int channel, float (&x)[width]) {
+  for (int t = first; t < last; ++t)
+#pragma unroll
+    for (int i = 0; i < width; ++i)
+      x[i] += total[t * kPaddedK + channel + i];
+}
+
+KDA_DEVICE void load_beta(const KernelArgs& args, const ChunkSpan* spans, int head) {
+  float* beta = shared_at<float>(PrepareShared::beta);
+  for (int row = thread_index(); row < kPrepareRows; row += kPrepareThreads) {
+    const ChunkSpan& span = spans[row / Config::chunk];
+    const int local = row % Config::chunk;
+    float b = 0.f;
+    if (local < span.rows)
+      b = beta_value(to_float(*row_of<const Config::Beta>(args.beta, span.batch, span.first + local, head)));
+    beta[row] = b;
+  }
+}
+
+/// k 2^(tot - G) of this thread's tile into the record: running sums from the chunk's end backwards.
+KDA_DEVICE void write_state_keys(const PrepareMap& map, unsigned char* record) {
+  constexpr int width = PrepareMap::width, stride = Tile<kPaddedK>::stride;
+  const int local_tile = map.tile % kChunkTiles;
+  const float* factor = shared_at<float>(PrepareShared::k_factor) + map.tile * kTileRows;
+  const int place = map.tile * kTileRows * stride + map.channel;
+  const auto* raw = shared_at<Config::Element>(PrepareShared::row_k) + place;
+  const Operand* high = shared_at<Operand>(PrepareShared::decayed_k) + place;
+  const Operand* low = shared_at<Operand>(PrepareShared::column_k) + place;
+  auto* out =
+      reinterpret_cast<Operand*>(record + Record::k) + local_tile * kTileRows * kPaddedK + map.channel;
+  float after[width] = {};
+  sum_tiles(shared_at<float>(PrepareShared::total), map.tile + 1, map.tile - local_tile + kChunkTiles,
+            map.channel, after);
+#pragma unroll 4
+  for (int r = kTileRows - 1; r >= 0; --r) {
+    float k[width], g[width];
+    load_elements(raw + r * stride, k);
+    unpark_gates(high + r * stride, low + r * stride, g);
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      k[i] *= factor[r] * exp2_fast(after[i]);
+      after[i] += g[i];
+    }
+    store_operands(out + r * kPaddedK, k);
+  }
+  if (local_tile == 0) {
+    // The running sum has reached the chunk's start: tot.
+    float* decay = reinterpret_cast<float*>(record + Record::decay) + map.channel;
+#pragma unroll
+    for (int i = 0; i < width; ++i)
+      decay[i] = exp2_fast(after[i]);
+  }
+}
+
+/// Operands of the pair products and of W in shared memory, over the raw q, k and the parked gates, and scale
+/// q 2^G into the record (null: a chunk that does not exist).
+KDA_DEVICE void write_operands(const PrepareMap& map, unsigned char* record) {
+  constexpr int width = PrepareMap::width, stride = Tile<kPaddedK>::stride;
+  const int local_tile = map.tile % kChunkTiles;
+  const float* q_factor = shared_at<float>(PrepareShared::q_factor) + map.tile * kTileRows;
+  const float* k_factor = shared_at<float>(PrepareShared::k_factor) + map.tile * kTileRows;
+  const int place = map.tile * kTileRows * stride + map.channel;
+  Operand* row_q = shared_at<Operand>(PrepareShared::row_q) + place;
+  Operand* row_k = shared_at<Operand>(PrepareShared::row_k) + place;
+  Operand* column_k = shared_at<Operand>(PrepareShared::column_k) + place;
+  Operand* decayed_k = shared_at<Operand>(PrepareShared::decayed_k) + place;
+  Operand* out = nullptr;
+  if (record != nullptr)
+    out = reinterpret_cast<Operand*>(record + Record::q) + local_tile * kTileRows * kPaddedK + map.channel;
+
+  float start[width] = {}, sum[width] = {}, anchored[width];
+  sum_tiles(shared_at<float>(PrepareShared::total), map.tile - local_tile, map.tile, map.channel, start);
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    start[i] = exp2_fast(start[i]);
+    anchored[i] = -shared_at<float>(PrepareShared::head)[map.tile * kPaddedK + map.channel + i];
+  }
+#pragma unroll 4
+  for (int r = 0; r < kTileRows; ++r) {
+    float q[width], k[width], g[width], x[width], y[width];
+    load_elements(reinterpret_cast<const Config::Element*>(row_q + r * stride), q);
+    load_elements(reinterpret_cast<const Config::Element*>(row_k + r * stride), k);
+    unpark_gates(decayed_k + r * stride, column_k + r * stride, g);
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      sum[i] += g[i];
+      anchored[i] += max(g[i], kPairGateFloor);
+      q[i] *= q_factor[r];
+      k[i] *= k_factor[r];
+      g[i] = exp2_fast(anchored[i]);
+      x[i] = q[i] * g[i];
+      y[i] = k[i] * g[i];
+    }
+    store_operands(row_q + r * stride, x);
+    store_operands(row_k + r * stride, y);
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      const float decay = exp2_fast(sum[i]);
+      x[i] = k[i] * exp2_fast(-anchored[i]);
+      y[i] = k[i] * decay;
+      q[i] *= decay * start[i];
+    }
+    store_operands(column_k + r * stride, x);
+    store_operands(decayed_k + r * stride, y);
+    if (out != nullptr) store_operands(out + r * kPaddedK, q);
+  }
+}
+
+/// L and M. M goes into the records, A = diag(beta) L into `matrix` once no warp reads the operands there any
+/// more.
+KDA_DEVICE void write_pairs(const KernelArgs& args, i64 first_chunk, const ChunkSpan* spans, int head) {
+  constexpr int rounds = (kPrepareChunks * kChunkPairs + Config::prepare_warps - 1) / Config::prepare_warps;
+  Accumulator l[rounds];
+#pragma unroll
+  for (int round = 0; round < rounds; ++round) {
+    const TilePair pair = find_pair<kPrepareTiles>(warp_index() + round * Config::prepare_warps);
+    const int chunk = pair.i / kChunkTiles;
+    if (!pair.valid || spans[chunk].rows == 0) continue;
+    Accumulator m;
+    multiply_pair(pair, shared_at<Operand>(PrepareShared::row_q), shared_at<Operand>(PrepareShared::row_k),
+                  shared_at<Operand>(PrepareShared::column_k), prepare_sums(), l[round], m);
+    if (pair.i == pair.j) {
+      mask_diagonal(l[round], true);
+      mask_diagonal(m, false);
+    }
+    unsigned char* record = record_of(args, first_chunk + chunk, head);
+    *fragment(record + Record::m, pair_place(pair.i % kChunkTiles, pair.j % kChunkTiles)) = pack_a(m);
+  }
+  sync_block();
+#pragma unroll
+  for (int round = 0; round < rounds; ++round) {
+    const TilePair pair = find_pair<kPrepareTiles>(warp_index() + round * Config::prepare_warps);
+    if (!pair.valid) continue;
+    const int row = pair.i / kChunkTiles * Config::chunk;
+    store_solve_tile(shared_at<float>(PrepareShared::matrix) + row * kSolveStride, pair.i % kChunkTiles,
+                     pair.j % kChunkTiles, l[round], shared_at<float>(PrepareShared::beta) + row);
+  }
+}
+
+/// One warp: 16 channels of W = T k 2^G of a chunk. From the nearest tile backwards: k's decay counts from
+/// its own tile's start, so the sum over farther tiles is scaled as it moves on.
+KDA_DEVICE void write_w(const Operand* t_transposed, int first_row, int block, unsigned char* record) {
+  const Operand* keys = shared_at<Operand>(PrepareShared::decayed_k) + first_row * Tile<kPaddedK>::stride;
+  u32 k[kChunkTiles][4];
+  float decay[kChunkTiles][4];
+#pragma unroll
+  for (int j = 0; j < kChunkTiles; ++j) {
+    load_b_transposed<kPaddedK>(k[j], keys, j * kTileRows, block * 16);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int channel = block * 16 + (e >> 1) * 8 + (lane_index() & 3) * 2 + (e & 1);
+      const float* total = shared_at<float>(PrepareShared::total) + first_row / kTileRows * kPaddedK;
+      decay[j][e] = exp2_fast(total[j * kPaddedK + channel]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kChunkTiles; ++i) {
+    Accumulator w;
+#pragma unroll
+    for (int j = i; j >= 0; --j) {
+      u32 t[4];
+      load_a_transposed<Config::chunk>(t, t_transposed, j * kTileRows, i * kTileRows);
+      if (j < i) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            w.d[n][e] *= decay[j][n * 2 + (e & 1)];
+      }
+      multiply_add(w, t, k[j]);
+    }
+    // As the B operand of S^T W^T: tokens are N. Rows 0..7 give its first two words.
+    const Word4 a = pack_a(w);
+    *fragment(record + Record::w, i * kKeyBlocks + block) = Word4{{a.w[0], a.w[2], a.w[1], a.w[3]}};
+  }
+}
+
+/// One warp: 16 columns of u = T v of a chunk, transposed.
+KDA_DEVICE void write_u(const Operand* t_transposed, int first_row, int block, unsigned char* record) {
+  const Operand* values = shared_at<Operand>(PrepareShared::v) + first_row * Tile<kPaddedV>::stride;
+  u32 v[kChunkTiles][4];
+#pragma unroll
+  for (int j = 0; j < kChunkTiles; ++j) {
+    load_a_transposed<kPaddedV>(v[j], values, j * kTileRows, block * 16);
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+      v[j][w] = as_operand<Config::Element>(v[j][w]);
+  }
+#pragma unroll
+  for (int i = 0; i < kChunkTiles; ++i) {
+    Accumulator u;
+#pragma unroll
+    for (int j = 0; j <= i; ++j) {
+      u32 t[4];
+      load_b_transposed<Config::chunk>(t, t_transposed, j * kTileRows, i * kTileRows);
+      multiply_add(u, v[j], t);
+    }
+    *fragment(record + Record::u, block * kChunkTiles + i) = pack_a(u);
+  }
+}
+
+KDA_DEVICE void prepare_chunks(const KernelArgs& args) {
+  const int head = block_index_x() % args.value_heads;
+  const i64 first_chunk = static_cast<i64>(block_index_x() / args.value_heads) * kPrepareChunks;
+  ChunkSpan* spans = shared_at<ChunkSpan>(PrepareShared::spans);
+  if (thread_index() < kPrepareChunks)
+    spans[thread_index()] = find_chunk(args, chunk_offsets(args), first_chunk + thread_index());
+  sync_block();
+  if (spans[0].rows == 0) return;
+
+  Operand* row_q = shared_at<Operand>(PrepareShared::row_q);
+  Operand* row_k = shared_at<Operand>(PrepareShared::row_k);
+  const i64 key_head = head / Config::group;
+  load_rows<Config::K, kPrepareRows, kPrepareThreads, Config::Element>(row_q, args.q, spans, key_head);
+  load_rows<Config::K, kPrepareRows, kPrepareThreads, Config::Element>(row_k, args.k, spans, key_head);
+  commit_copies();
+  load_beta(args, spans, head);
+  const PrepareMap map;
+  const int chunk = map.tile / kChunkTiles;
+  evaluate_gates(args, map, spans[chunk], map.tile % kChunkTiles * kTileRows, head,
+                 shared_at<Operand>(PrepareShared::decayed_k), shared_at<Operand>(PrepareShared::column_k),
+                 prepare_sums());
+  wait_copies<0>();
+  sync_block();
+  write_row_factors<kPrepareThreads, kPrepareRows>(row_q, row_k, args.scale,
+                                                   shared_at<float>(PrepareShared::q_factor),
+                                                   shared_at<float>(PrepareShared::k_factor));
+  sync_block();
+  if (map.active) {
+    unsigned char* record = spans[chunk].rows > 0 ? record_of(args, first_chunk + chunk, head) : nullptr;
+    if (record != nullptr) write_state_keys(map, record);
+    write_operands(map, record);
+  }
+  sync_block();
+  write_pairs(args, first_chunk, spans, head);
+  load_rows<Config::V, kPrepareRows, kPrepareThreads, Config::Element>(shared_at<Operand>(PrepareShared::v),
+                                                                       args.v, spans, head);
+  commit_copies();
+  sync_block();
+  Operand* t_transposed = shared_at<Operand>(PrepareShared::t_transposed);
+  solve_chunks<Config::prepare_warps, kPrepareChunks>(shared_at<float>(PrepareShared::matrix),
+                                                      shared_at<float>(PrepareShared::beta), t_transposed);
+  wait_copies<0>();
+  sync_block();
+  constexpr int blocks = kKeyBlocks + kValueBlocks;
+#pragma unroll 1
+  for (int task = warp_index(); task < kPrepareChunks * blocks; task += Config::prepare_warps) {
+    const int c = task / blocks, block = task % blocks, first_row = c * Config::chunk;
+    if (spans[c].rows == 0) break;
+    unsigned char* record = record_of(args, first_chunk + c, head);
+    const Operand* t = t_transposed + first_row * TransposedT::stride;
+    if (block < kKeyBlocks)
+      write_w(t, first_row, block, record);
+    else
+      write_u(t, first_row, block - kKeyBlocks, record);
+  }
+}
+
+} // namespace kda

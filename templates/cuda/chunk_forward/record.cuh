@@ -1,0 +1,41 @@
+#pragma once
+// What kda_forward_prepare leaves for kda_forward_scan: one record of factors a chunk and value head, in
+// bf16 unless said otherwise. "Fragments" are 16x16 tiles as 32 lanes hold them, 16 bytes a lane, so that
+// both kernels move them without ldmatrix and without bank conflicts.
+#include "stages/pair.cuh"
+#include "stages/tile.cuh"
+
+namespace kda {
+
+constexpr int kFragmentBytes = 512;
+constexpr int kKeyBlocks = kPaddedK / 16;
+constexpr int kValueBlocks = kPaddedV / 16;
+
+/// Byte offsets. The scan copies [0, linear) as it is, q and k into padded tiles, and u by value tile.
+struct Record {
+  static constexpr int key_rows = Config::chunk * kPaddedK * 2;
+  static constexpr int w = 0;            ///< W, B fragments [token tile][channel block]
+  static constexpr int m = w + key_rows; ///< M, A fragments [pair_place]
+  static constexpr int decay = m + kChunkPairs * kFragmentBytes; ///< 2^tot, fp32 [kPaddedK]
+  static constexpr int linear = decay + kPaddedK * 4;
+  static constexpr int q = linear;       ///< scale q 2^G, rows of kPaddedK
+  static constexpr int k = q + key_rows; ///< k 2^(tot - G), rows of kPaddedK
+  static constexpr int u = k + key_rows; ///< u^T, fragments of accumulators [value block][token tile]
+  static constexpr int bytes = u + Config::chunk * kPaddedV * 2;
+};
+
+/// Workspace slots: 0 the first chunk of each sequence (packed only), 1 the records [chunk][value head].
+KDA_DEVICE const int* chunk_offsets(const KernelArgs& args) {
+  return static_cast<const int*>(args.workspace[0]);
+}
+KDA_DEVICE unsigned char* record_of(const KernelArgs& args, i64 chunk, int head) {
+  return static_cast<unsigned char*>(args.workspace[1]) + (chunk * args.value_heads + head) * Record::bytes;
+}
+KDA_DEVICE Word4* fragment(unsigned char* base, int index) {
+  return reinterpret_cast<Word4*>(base + index * kFragmentBytes) + lane_index();
+}
+KDA_DEVICE const Word4* fragment(const unsigned char* base, int index) {
+  return reinterpret_cast<const Word4*>(base + index * kFragmentBytes) + lane_index();
+}
+
+} // namespace kda

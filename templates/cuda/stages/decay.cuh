@@ -1,0 +1,180 @@
+#pragma once
+// Decays of a tile of 16 tokens, channel by channel: a thread owns `width` neighbouring channels of one tile,
+// so the running sums over tokens need no shuffle.
+//
+// Every decay factor is 2 to a sum of the gates between two tokens, never to a difference of two running
+// sums, so gates of -inf give 0 and nothing cancels. Factors that only L and M see are anchored at row
+// kAnchorRow of their tile, with gates clamped at kPairGateFloor: one side of a product then reaches 2^112,
+// and a term that the clamp changes is below 2^-14 of its neighbours.
+#include "stages/chunk_load.cuh"
+#include "stages/gate.cuh"
+#include "stages/tile.cuh"
+
+namespace kda {
+
+constexpr int kAnchorRow = 8;
+constexpr float kPairGateFloor = -14.f;
+
+/// How a CTA of `threads` spreads `tiles` tiles: threads of one tile are whole warps.
+template <int threads, int tiles>
+struct ChannelMap {
+  static constexpr int tile_threads = threads / tiles;
+  static constexpr int width = tile_threads * 2 >= kPaddedK ? 2 : 4;
+  static_assert(tile_threads % 32 == 0 && tile_threads * width >= kPaddedK);
+  int tile, channel; ///< the first of `width` channels
+  bool active;       ///< channel < kPaddedK
+  KDA_DEVICE ChannelMap()
+      : tile(thread_index() / tile_threads), channel(thread_index() % tile_threads * width),
+        active(channel < kPaddedK) {}
+};
+
+/// `width` neighbouring elements as they lie in memory.
+template <class T, int width>
+struct alignas(sizeof(T) * width) RawElements {
+  u32 w[sizeof(T) * width / 4];
+};
+template <class T, int width>
+KDA_DEVICE void load_elements(const T* p, float (&x)[width]) {
+  const auto raw = *reinterpret_cast<const RawElements<T, width>*>(p);
+#pragma unroll
+  for (int i = 0; i < width; ++i)
+    if constexpr (sizeof(T) == 4)
+      x[i] = bits_float(raw.w[i]);
+    else
+      x[i] = i % 2 == 0 ? low_half<T>(raw.w[i / 2]) : high_half<T>(raw.w[i / 2]);
+}
+template <int width>
+KDA_DEVICE void store_operands(Operand* p, const float (&x)[width]) {
+  RawElements<Operand, width> raw;
+#pragma unroll
+  for (int i = 0; i < width; i += 2)
+    raw.w[i / 2] = pack2<Operand>(x[i], x[i + 1]);
+  *reinterpret_cast<RawElements<Operand, width>*>(p) = raw;
+}
+
+/// Base-2 gates parked in fp32 in two 16-bit tiles, the upper and lower halves of their bits at the same
+/// place, so that the thread that owns the channels can write operands over them.
+template <int width>
+KDA_DEVICE void park_gates(Operand* high, Operand* low, const float (&g)[width]) {
+  RawElements<Operand, width> h, l;
+#pragma unroll
+  for (int i = 0; i < width; i += 2) {
+    h.w[i / 2] = float_bits(g[i]) >> 16 | (float_bits(g[i + 1]) & 0xffff0000u);
+    l.w[i / 2] = (float_bits(g[i]) & 0xffffu) | float_bits(g[i + 1]) << 16;
+  }
+  *reinterpret_cast<RawElements<Operand, width>*>(high) = h;
+  *reinterpret_cast<RawElements<Operand, width>*>(low) = l;
+}
+template <int width>
+KDA_DEVICE void unpark_gates(const Operand* high, const Operand* low, float (&g)[width]) {
+  const auto h = *reinterpret_cast<const RawElements<Operand, width>*>(high);
+  const auto l = *reinterpret_cast<const RawElements<Operand, width>*>(low);
+#pragma unroll
+  for (int i = 0; i < width; i += 2) {
+    g[i] = bits_float(h.w[i / 2] << 16 | (l.w[i / 2] & 0xffffu));
+    g[i + 1] = bits_float((h.w[i / 2] & 0xffff0000u) | l.w[i / 2] >> 16);
+  }
+}
+
+/// Sums of the base-2 gates of a tile, per channel: [tiles][kPaddedK] each.
+struct GateSums {
+  float* total; ///< of all 16 rows
+  float* head;  ///< clamped, rows 0..kAnchorRow
+  float* tail;  ///< clamped, rows kAnchorRow+1..15
+};
+
+/// Evaluates the gates of this thread's channels of its tile (which starts at row `first` of `chunk`), parks
+/// them and writes the tile's sums. Rows behind the chunk's end and padding channels do not decay. No
+/// barrier.
+template <class Map>
+KDA_DEVICE void evaluate_gates(const KernelArgs& args, const Map& map, const ChunkSpan& chunk, int first,
+                               i64 head, Operand* high, Operand* low, const GateSums& sums) {
+  constexpr int width = Map::width;
+  constexpr int stride = Tile<kPaddedK>::stride;
+  if (!map.active) return;
+  const bool real = map.channel < Config::K;
+  float bias[width] = {}, a = 1.f;
+  if constexpr (Config::dt_bias)
+    if (real) load_elements<float, width>(args.dt_bias + head * Config::K + map.channel, bias);
+  if constexpr (Config::gate == GateKind::softplus || Config::gate == GateKind::bounded)
+    a = exp_clamped(args.A_log[head]);
+  const int rows = real ? chunk.rows - first : 0;
+  const auto* g = row_of<const Config::Gate>(args.g, chunk.batch, chunk.first + first, head) + map.channel;
+  float total[width] = {}, sum[2][width] = {};
+  const int place = map.tile * kTileRows * stride + map.channel;
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    constexpr int kHalf = kTileRows / 2; // loads in flight
+    RawElements<Config::Gate, width> raw[kHalf];
+#pragma unroll
+    for (int r = 0; r < kHalf; ++r)
+      if (half * kHalf + r < rows)
+        raw[r] = *reinterpret_cast<const RawElements<Config::Gate, width>*>(g + (half * kHalf + r) *
+                                                                                    args.g.stride_token);
+#pragma unroll
+    for (int r = 0; r < kHalf; ++r) {
+      const int row = half * kHalf + r;
+      float x[width] = {};
+      if (row < rows) load_elements(reinterpret_cast<const Config::Gate*>(&raw[r]), x);
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        x[i] = row < rows ? gate_log2(x[i], bias[i], a, args.lower_bound) : 0.f;
+        total[i] += x[i];
+        const float clamped = max(x[i], kPairGateFloor);
+        // Row kAnchorRow is the first of the second half and belongs to the head.
+        sum[0][i] += half == 0 || r == 0 ? clamped : 0.f;
+        sum[1][i] += half == 0 || r == 0 ? 0.f : clamped;
+      }
+      park_gates(high + place + row * stride, low + place + row * stride, x);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    const int at = map.tile * kPaddedK + map.channel + i;
+    sums.total[at] = total[i];
+    sums.head[at] = sum[0][i];
+    sums.tail[at] = sum[1][i];
+  }
+}
+
+/// Per row: scale / |q| and 1 / |k| (scale and 1 without the norm), from raw q and k in Tile<kPaddedK>.
+/// Needs a barrier before (q and k) and after.
+template <int threads, int rows>
+KDA_DEVICE void write_row_factors(const Operand* q, const Operand* k, float scale, float* q_factor,
+                                  float* k_factor) {
+  if constexpr (!Config::qk_l2norm) {
+    for (int row = thread_index(); row < rows; row += threads) {
+      q_factor[row] = scale;
+      k_factor[row] = 1.f;
+    }
+  } else {
+    constexpr int parts = threads / rows; // neighbouring lanes share a row
+    static_assert(parts >= 1 && parts <= 32);
+    const int row = thread_index() / parts, part = thread_index() % parts;
+    float qq = 0.f, kk = 0.f;
+#pragma unroll 2
+    for (int c = part; c < kPaddedK / 8; c += parts) {
+      const int at = row * Tile<kPaddedK>::stride + c * 8;
+      const Word4 qw = *reinterpret_cast<const Word4*>(q + at);
+      const Word4 kw = *reinterpret_cast<const Word4*>(k + at);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float q0 = low_half<Config::Element>(qw.w[i]), q1 = high_half<Config::Element>(qw.w[i]);
+        const float k0 = low_half<Config::Element>(kw.w[i]), k1 = high_half<Config::Element>(kw.w[i]);
+        qq = fma(q1, q1, fma(q0, q0, qq));
+        kk = fma(k1, k1, fma(k0, k0, kk));
+      }
+    }
+#pragma unroll
+    for (int mask = parts / 2; mask; mask >>= 1) {
+      qq += shuffle_xor(qq, mask);
+      kk += shuffle_xor(kk, mask);
+    }
+    if (part == 0) {
+      q_factor[row] = scale * l2norm_factor(qq);
+      k_factor[row] = l2norm_factor(kk);
+    }
+  }
+}
+
+} // namespace kda

@@ -1,0 +1,79 @@
+#pragma once
+// 16-bit matrices in shared memory and their mma fragments.
+//
+// A Tile<columns> is row-major with 8 elements of padding a row: an odd number of 16-byte pieces, so the 8
+// rows that ldmatrix reads together lie in 8 different bank groups, whatever K and V are. Operands of the
+// tensor unit are bf16 for every 16-bit dtype: decays and the state leave fp16's range.
+#include "config.cuh"
+#include "primitives/mma.cuh"
+
+namespace kda {
+
+using Operand = bf16;
+
+/// Rows of a tile of tokens: M of mma, and the K of a product over tokens.
+constexpr int kTileRows = 16;
+constexpr int kPaddedK = (Config::K + 15) / 16 * 16;
+constexpr int kPaddedV = (Config::V + 15) / 16 * 16;
+/// Tiles of a chunk.
+constexpr int kChunkTiles = Config::chunk / kTileRows;
+
+template <int columns>
+struct Tile {
+  static constexpr int stride = columns + 8;
+  static constexpr int bytes(int rows) { return rows * stride * 2; }
+};
+
+/// A (16 rows of M, 16 of K) at (row, column) of a matrix stored [M][K].
+template <int columns>
+KDA_DEVICE void load_a(u32 (&a)[4], const Operand* x, int row, int column) {
+  const int lane = lane_index();
+  load_matrix_x4(a, x + (row + (lane & 15)) * Tile<columns>::stride + column + (lane >> 4) * 8);
+}
+/// A (16 of M, 16 of K) at (k, m) of a matrix stored [K][M].
+template <int columns>
+KDA_DEVICE void load_a_transposed(u32 (&a)[4], const Operand* x, int k, int m) {
+  const int lane = lane_index();
+  load_matrix_x4_transposed(a, x + (k + (lane & 7) + (lane >> 4) * 8) * Tile<columns>::stride + m +
+                                   (lane >> 3 & 1) * 8);
+}
+/// B (16 of K, 16 of N) at (n, k) of a matrix stored [N][K]: b[0], b[1] for the first 8 columns of N, b[2],
+/// b[3] for the others.
+template <int columns>
+KDA_DEVICE void load_b(u32 (&b)[4], const Operand* x, int n, int k) {
+  const int lane = lane_index();
+  load_matrix_x4(b, x + (n + (lane & 7) + (lane >> 4) * 8) * Tile<columns>::stride + k + (lane >> 3 & 1) * 8);
+}
+/// The same at (k, n) of a matrix stored [K][N].
+template <int columns>
+KDA_DEVICE void load_b_transposed(u32 (&b)[4], const Operand* x, int k, int n) {
+  const int lane = lane_index();
+  load_matrix_x4_transposed(b, x + (k + (lane & 15)) * Tile<columns>::stride + n + (lane >> 4) * 8);
+}
+
+/// 16x16 accumulators: d[n] holds columns 8n..8n+7.
+struct Accumulator {
+  float d[2][4] = {};
+};
+KDA_DEVICE void multiply_add(Accumulator& c, const u32 (&a)[4], const u32 (&b)[4]) {
+  mma_16x8x16<Operand>(c.d[0], a, b[0], b[1]);
+  mma_16x8x16<Operand>(c.d[1], a, b[2], b[3]);
+}
+/// The accumulators as an A operand whose K is the accumulator's N. The same words are, in the order {0, 2,
+/// 1, 3}, the B operand of the transposed product (N = the accumulator's M).
+KDA_DEVICE Word4 pack_a(const Accumulator& c) {
+  return Word4{{pack2<Operand>(c.d[0][0], c.d[0][1]), pack2<Operand>(c.d[0][2], c.d[0][3]),
+                pack2<Operand>(c.d[1][0], c.d[1][1]), pack2<Operand>(c.d[1][2], c.d[1][3])}};
+}
+
+/// Two elements of a tensor as an operand.
+template <class T>
+KDA_DEVICE u32 as_operand(u32 pair) {
+  return pack2<Operand>(low_half<T>(pair), high_half<T>(pair));
+}
+template <>
+KDA_DEVICE u32 as_operand<Operand>(u32 pair) {
+  return pair;
+}
+
+} // namespace kda
