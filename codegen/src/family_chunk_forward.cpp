@@ -1,21 +1,191 @@
-// Sizes and launches of chunk_forward.cu.
+// Sizes and launches of chunk_forward.cu. The constants of the templates (stages/tile.cuh and
+// chunk_forward/*.cuh) stand here a second time, as functions of problem and variant.
 #include "family.h"
+#include <algorithm>
+#include <cmath>
+#include <fmt/format.h>
 
 namespace kda {
 namespace {
 
-std::vector<std::string> kernel_entries(const Problem&) {
+constexpr int kTileRows = 16;
+
+/// Bytes of `rows` rows of a Tile<columns> (8 elements of padding a row).
+constexpr int tile_bytes(int rows, int columns) {
+  return rows * (columns + 8) * 2;
+}
+constexpr int chunk_pairs(int chunk) {
+  const int tiles = chunk / kTileRows;
+  return tiles * (tiles + 1) / 2;
+}
+
+/// chunk_forward/record.cuh.
+struct Record {
+  int linear, bytes;
+};
+Record record_of(const Problem& p, const Variant& v) {
+  const int key_rows = v.chunk * padded(p.key_dim) * 2;
+  const int linear = key_rows + chunk_pairs(v.chunk) * 512 + padded(p.key_dim) * 4;
+  return {linear, linear + 2 * key_rows + v.chunk * padded(p.value_dim) * 2};
+}
+
+/// chunk_forward/prepare.cuh: tiles of a CTA and its shared memory.
+int prepare_tiles(const Problem& p, const Variant& v) {
+  int tiles = 4;
+  while (tiles > v.chunk / kTileRows && v.prepare_warps * 32 / tiles * 4 < padded(p.key_dim))
+    tiles /= 2;
+  return tiles;
+}
+int prepare_chunks(const Problem& p, const Variant& v) {
+  return prepare_tiles(p, v) * kTileRows / v.chunk;
+}
+int prepare_shared(const Problem& p, const Variant& v) {
+  const int tiles = prepare_tiles(p, v), rows = tiles * kTileRows;
+  const int key_tile = tile_bytes(rows, padded(p.key_dim));
+  const int fixed = key_tile + 3 * tiles * padded(p.key_dim) * 4 + 3 * rows * 4 +
+                    (prepare_chunks(p, v) * 24 + 15) / 16 * 16;
+  const int solve =
+      rows * (v.chunk + 8) * 4 + tile_bytes(rows, v.chunk) + tile_bytes(rows, padded(p.value_dim));
+  return fixed + std::max(3 * key_tile, solve);
+}
+
+/// chunk_forward/scan.cuh.
+int scan_shared(const Problem& p, const Variant& v) {
+  const int stage =
+      record_of(p, v).linear + v.value_tile * v.chunk * 2 + 2 * tile_bytes(v.chunk, padded(p.key_dim));
+  return v.stages * stage;
+}
+int value_tiles(const Problem& p, const Variant& v) {
+  return (padded(p.value_dim) + v.value_tile - 1) / v.value_tile;
+}
+/// Registers of a scan thread: the state, its bf16 copy, U, and the rest. Fitted to ptxas 13.0 for sm_90a,
+/// which fits up to 256 of these into 255 without spilling.
+int scan_registers(const Problem& p, const Variant& v) {
+  return 12 * padded(p.key_dim) / 16 + 4 * v.chunk / kTileRows + 56;
+}
+
+std::string reject(const Problem& p, const Target& t, const Variant& v) {
+  if (p.dtype == DType::fp32) return "tensor-core operands are 16 bits; the token kernels serve fp32 tensors";
+  if (v.value_tile > std::max(padded(p.value_dim), 16))
+    return fmt::format("a tile of {} columns is wider than V={}", v.value_tile, p.value_dim);
+  if (v.value_tile / 16 > v.scan_warps)
+    return fmt::format("a warp of the scan owns 16 columns, and {} need {} warps", v.value_tile,
+                       v.value_tile / 16);
+  const int tile_threads = v.prepare_warps * 32 / prepare_tiles(p, v);
+  if (tile_threads * 4 < padded(p.key_dim))
+    return fmt::format("{} threads with 4 channels each do not cover K={}", tile_threads, p.key_dim);
+  constexpr int kMostRegisters = 256;
+  if (const int need = scan_registers(p, v); need > kMostRegisters)
+    return fmt::format("the scan needs about {} registers a thread of 255", need);
+  for (const int need : {prepare_shared(p, v), scan_shared(p, v)})
+    if (need > t.max_shared_bytes)
+      return fmt::format("needs {} bytes of shared memory, {} allows {}", need, t.arch, t.max_shared_bytes);
   return {};
 }
-void variants(const Problem&, const Target&, std::vector<Candidate>&) {}
-LaunchList launch_list(const Problem&, const Variant&, const Target&, const Sizes&) {
-  return {};
+
+std::vector<std::string> kernel_entries(const Problem& p) {
+  if (p.varlen) return {"kda_forward_prepare", "kda_forward_scan", "kda_schedule"};
+  return {"kda_forward_prepare", "kda_forward_scan"};
 }
-WorkspaceLayout buffers(const Problem&, const Variant&, const Sizes&) {
-  return {};
+
+void variants(const Problem& p, const Target& t, std::vector<Candidate>& all) {
+  for (const int chunk : {64, 32, 16})
+    for (const int value_tile : {64, 128, 32, 16})
+      for (const int prepare_warps : {4, 8})
+        for (const int scan_warps : {4, 8})
+          for (const int stages : {2, 3, 4}) {
+            Variant v;
+            v.algorithm = Algorithm::chunk;
+            v.chunk = chunk;
+            v.value_tile = value_tile;
+            v.prepare_warps = prepare_warps;
+            v.scan_warps = scan_warps;
+            v.stages = stages;
+            all.push_back({v, reject(p, t, v)});
+          }
 }
-double estimate(const Problem&, const Variant&, const Target&, const Sizes&) {
-  return 0;
+
+std::int64_t prepare_ctas(const Problem& p, const Variant& v, const Sizes& s) {
+  const int chunks = prepare_chunks(p, v);
+  return (chunk_bound(p, s, v.chunk) + chunks - 1) / chunks * p.value_heads;
+}
+/// One a sequence, value head and value tile; packed, one more sequence zeros what lies behind the last.
+std::int64_t scan_ctas(const Problem& p, const Variant& v, const Sizes& s) {
+  return (s.sequences + (p.varlen ? 1 : 0)) * p.value_heads * value_tiles(p, v);
+}
+
+LaunchList launch_list(const Problem& p, const Variant& v, const Target&, const Sizes& s) {
+  LaunchList list;
+  const auto add = [&](int entry, std::int64_t ctas, int warps, int shared) {
+    if (ctas > 0)
+      list.add({entry,
+                {static_cast<unsigned>(ctas), 1, 1},
+                static_cast<unsigned>(warps) * 32,
+                static_cast<unsigned>(shared)});
+  };
+  if (p.varlen) add(2, 1, 8, 8 * 4);
+  add(0, prepare_ctas(p, v, s), v.prepare_warps, prepare_shared(p, v));
+  add(1, scan_ctas(p, v, s), v.scan_warps, scan_shared(p, v));
+  return list;
+}
+
+/// Slot 0: first chunk of each sequence, int [N + 1] (packed only). Slot 1: records [chunk][value head].
+WorkspaceLayout buffers(const Problem& p, const Variant& v, const Sizes& s) {
+  WorkspaceLayout layout;
+  layout.add(p.varlen ? static_cast<std::size_t>(s.sequences + 1) * sizeof(int) : 0);
+  layout.add(static_cast<std::size_t>(chunk_bound(p, s, v.chunk)) * static_cast<std::size_t>(p.value_heads) *
+             static_cast<std::size_t>(record_of(p, v).bytes));
+  return layout;
+}
+
+/// First guesses, to be set from measurements on an H100.
+constexpr double kBytesPerUs = 3.0e6;    // device copy
+constexpr double kLaunchUs = 3.0;        // each kernel
+constexpr double kPrepareRowUs = 0.06;   // a row of 128 channels on a CTA that shares its SM
+constexpr double kStepUs = 0.35;         // barrier, first reads and the chain of one chunk
+constexpr double kProductUs = 0.0045;    // one mma.sync with its operand reads, alone on a scheduler
+constexpr double kSharedReadUs = 4.5e-6; // a byte of fragment reads of all warps of an SM
+
+double prepare_us(const Problem& p, const Variant& v, const Target& t, const Sizes& s) {
+  const double tokens = static_cast<double>(chunk_bound(p, s, v.chunk)) * v.chunk * p.value_heads;
+  const double bytes = 2.0 * p.key_dim * size_of(p.dtype) + p.value_dim * size_of(p.dtype) +
+                       p.key_dim * size_of(p.gate_dtype) + size_of(p.beta_dtype) +
+                       static_cast<double>(record_of(p, v).bytes) / v.chunk;
+  const int per_sm =
+      std::clamp(t.shared_bytes_per_sm / (prepare_shared(p, v) + 1024), 1, v.prepare_warps == 4 ? 3 : 2);
+  const double slots = static_cast<double>(t.multiprocessors) * per_sm;
+  const double waves = std::ceil(static_cast<double>(prepare_ctas(p, v, s)) / slots);
+  const double cta_us = 3.0 + kPrepareRowUs * prepare_tiles(p, v) * kTileRows * padded(p.key_dim) / 128 *
+                                  (4.0 / v.prepare_warps) * per_sm;
+  return kLaunchUs + std::max(tokens * bytes / kBytesPerUs, waves * cta_us);
+}
+
+double scan_us(const Problem& p, const Variant& v, const Target& t, const Sizes& s) {
+  const double length =
+      static_cast<double>(s.batch * s.tokens) / std::max(1.0, static_cast<double>(s.sequences));
+  const double chunks = std::ceil(length / v.chunk);
+  const int tiles = v.chunk / kTileRows, key_blocks = padded(p.key_dim) / 16;
+  const double products = 2.0 * (3 * tiles * key_blocks + chunk_pairs(v.chunk));
+  const int warps = std::min(v.value_tile, padded(p.value_dim)) / 16;
+  const int per_sm =
+      std::clamp(std::min(t.shared_bytes_per_sm / (scan_shared(p, v) + 1024),
+                          t.registers_per_sm / (std::min(255, scan_registers(p, v)) * 32 * v.scan_warps)),
+                 1, 16);
+  const double ctas = static_cast<double>(s.sequences) * p.value_heads * value_tiles(p, v);
+  const double slots = static_cast<double>(t.multiprocessors) * per_sm;
+  const double waves = std::max(1.0, std::ceil(ctas / slots));
+  const double resident = std::ceil(std::min(ctas, slots) / t.multiprocessors);
+  const double per_scheduler = std::max(1.0, resident * warps / 4.0);
+  const double step = std::max(kStepUs + products * kProductUs * std::max(1.0, per_scheduler * 0.8),
+                               resident * warps * products / 2 * 512 * kSharedReadUs);
+  // Every value tile reads the records once more, from L2.
+  const double bytes = static_cast<double>(record_of(p, v).bytes) / v.chunk + p.value_dim * size_of(p.dtype);
+  const double memory = static_cast<double>(s.batch * s.tokens) * p.value_heads * bytes / kBytesPerUs;
+  return kLaunchUs + std::max(memory, waves * chunks * step);
+}
+
+double estimate(const Problem& p, const Variant& v, const Target& t, const Sizes& s) {
+  return (p.varlen ? kLaunchUs : 0) + prepare_us(p, v, t, s) + scan_us(p, v, t, s) - 0.01 * v.stages;
 }
 
 } // namespace

@@ -127,21 +127,27 @@ KDA_DEVICE void store_output(Config::Element* o, i64 stride, const Accumulator& 
   }
 }
 
+KDA_DEVICE void decay_state(ScanState& state, const unsigned char* stage) {
+  const auto* decay = reinterpret_cast<const Word2*>(stage + Record::decay) + (lane_index() & 3);
+#pragma unroll
+  for (int n = 0; n < 2 * kKeyBlocks; ++n) {
+    const Word2 d = decay[n * 4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      state.s[n][e] *= bits_float(d.w[e & 1]);
+  }
+}
+
 /// One chunk: U = u - W S, o = q S + M U, S = 2^tot S + k^T U.
 KDA_DEVICE void scan_chunk(ScanState& state, const unsigned char* stage, int block, Config::Element* o,
                            i64 stride, int rows, int columns) {
   const auto* q = reinterpret_cast<const Operand*>(stage + Stage::q);
   const auto* k = reinterpret_cast<const Operand*>(stage + Stage::k);
   u32 rounded[kKeyBlocks][4]; // S^T of the chunk's start as A
-  const auto* decay = reinterpret_cast<const Word2*>(stage + Record::decay) + (lane_index() & 3);
 #pragma unroll
   for (int n = 0; n < 2 * kKeyBlocks; ++n) {
     rounded[n / 2][n % 2 * 2] = pack2<Operand>(state.s[n][0], state.s[n][1]);
     rounded[n / 2][n % 2 * 2 + 1] = pack2<Operand>(state.s[n][2], state.s[n][3]);
-    const Word2 d = decay[n * 4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      state.s[n][e] *= bits_float(d.w[e & 1]);
   }
   u32 u[kChunkTiles][4]; // U^T as A
 #pragma unroll
@@ -169,6 +175,7 @@ KDA_DEVICE void scan_chunk(ScanState& state, const unsigned char* stage, int blo
       mma_16x8x16<Operand>(out.d[1], m.w, u[j][1], u[j][3]);
     }
     store_output(o + i * kTileRows * stride, stride, out, rows - i * kTileRows, columns);
+    if (i == 0) decay_state(state, stage);
 #pragma unroll
     for (int c = 0; c < kKeyBlocks; ++c) {
       u32 b[4];

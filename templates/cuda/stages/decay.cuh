@@ -4,8 +4,9 @@
 //
 // Every decay factor is 2 to a sum of the gates between two tokens, never to a difference of two running
 // sums, so gates of -inf give 0 and nothing cancels. Factors that only L and M see are anchored at row
-// kAnchorRow of their tile, with gates clamped at kPairGateFloor: one side of a product then reaches 2^112,
-// and a term that the clamp changes is below 2^-14 of its neighbours.
+// kAnchorRow of their tile, with gates clamped at kPairGateFloor: one side of a product then reaches 2^108,
+// the other 2^-122 before |k|, and a term that the clamp or an underflow changes is below 2^-13.5 of its
+// neighbours.
 #include "stages/chunk_load.cuh"
 #include "stages/gate.cuh"
 #include "stages/tile.cuh"
@@ -13,7 +14,7 @@
 namespace kda {
 
 constexpr int kAnchorRow = 8;
-constexpr float kPairGateFloor = -14.f;
+constexpr float kPairGateFloor = -13.5f;
 
 /// How a CTA of `threads` spreads `tiles` tiles: threads of one tile are whole warps.
 template <int threads, int tiles>

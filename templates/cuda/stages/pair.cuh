@@ -35,23 +35,27 @@ KDA_DEVICE TilePair find_pair(int task) {
   return {0, 0, false};
 }
 
-/// 2 to the clamped gates between the anchors of tiles j < i, for 2 channels from `channel` on.
-struct Decay2 {
-  float x, y;
+/// 2 to the clamped gates from the anchor of tile j to that of tile i > j, for 2 channels from `channel` on,
+/// in two factors: up to the start of tile i and from there. Their product may underflow where the product
+/// with a column operand (up to 2^95) does not.
+struct AnchorDecay {
+  float before[2], within[2];
 };
-KDA_DEVICE Decay2 anchor_decay(const GateSums& sums, int i, int j, int channel) {
-  const float* tail = sums.tail + j * kPaddedK + channel;
-  const float* head = sums.head + i * kPaddedK + channel;
-  float x = tail[0] + head[0], y = tail[1] + head[1];
-  for (int between = j + 1; between < i; ++between) {
-    const int at = between * kPaddedK + channel;
-    x += sums.head[at] + sums.tail[at];
-    y += sums.head[at + 1] + sums.tail[at + 1];
+KDA_DEVICE AnchorDecay anchor_decay(const GateSums& sums, int i, int j, int channel) {
+  AnchorDecay decay;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    float before = sums.tail[j * kPaddedK + channel + e];
+    for (int t = j + 1; t < i; ++t)
+      before += sums.head[t * kPaddedK + channel + e] + sums.tail[t * kPaddedK + channel + e];
+    decay.before[e] = exp2_fast(before);
+    decay.within[e] = exp2_fast(sums.head[i * kPaddedK + channel + e]);
   }
-  return {exp2_fast(x), exp2_fast(y)};
+  return decay;
 }
-KDA_DEVICE u32 scale_operands(u32 pair, const Decay2& decay) {
-  return pack2<Operand>(low_half<Operand>(pair) * decay.x, high_half<Operand>(pair) * decay.y);
+KDA_DEVICE u32 scale_operands(u32 pair, const AnchorDecay& decay) {
+  return pack2<Operand>(low_half<Operand>(pair) * decay.before[0] * decay.within[0],
+                        high_half<Operand>(pair) * decay.before[1] * decay.within[1]);
 }
 
 /// One warp: L and M of the tile pair, unmasked: entries above the diagonal may be anything, infinite or NaN
@@ -66,8 +70,8 @@ KDA_DEVICE void multiply_pair(const TilePair& pair, const Operand* row_q, const 
     load_a<kPaddedK>(k, row_k, pair.i * kTileRows, c);
     load_b<kPaddedK>(b, column_k, pair.j * kTileRows, c);
     if (pair.i != pair.j) {
-      const Decay2 low = anchor_decay(sums, pair.i, pair.j, c + lane_channel);
-      const Decay2 high = anchor_decay(sums, pair.i, pair.j, c + 8 + lane_channel);
+      const AnchorDecay low = anchor_decay(sums, pair.i, pair.j, c + lane_channel);
+      const AnchorDecay high = anchor_decay(sums, pair.i, pair.j, c + 8 + lane_channel);
       b[0] = scale_operands(b[0], low);
       b[1] = scale_operands(b[1], high);
       b[2] = scale_operands(b[2], low);
