@@ -1,7 +1,12 @@
+#include "paths.h"
 #include "cache/store.h"
+#include <algorithm>
+#include <array>
+#include <cstdint>
 #include <cstdlib>
 #include <fmt/format.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 namespace kda::cache {
@@ -50,6 +55,17 @@ fs::path default_directory() {
   fs::path path =
       (error ? fs::path("/tmp") : temporary) / fmt::format("kda-jit-{}", static_cast<long>(::geteuid()));
   return private_directory(path) ? path : fs::path();
+}
+
+bool on_network(const fs::path& directory) {
+  // f_type of NFS, SMB 2, CIFS, Lustre, GPFS, Ceph, BeeGFS, AFS, 9P, FUSE (unknown: assume the worst).
+  constexpr std::array<std::uint32_t, 10> kShared = {0x6969,     0xfe534d42, 0xff534d42, 0x0bd00bd0,
+                                                     0x47504653, 0x00c36400, 0x19830326, 0x5346414f,
+                                                     0x01021997, 0x65735546};
+  struct statfs status = {};
+  return ::statfs(directory.c_str(), &status) == 0 &&
+         std::find(kShared.begin(), kShared.end(), static_cast<std::uint32_t>(status.f_type)) !=
+             kShared.end();
 }
 
 } // namespace kda::cache

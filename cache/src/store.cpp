@@ -80,9 +80,9 @@ std::shared_ptr<const Entry> Store::Impl::from_disk(const KeyManifest& key, Sour
   const auto look = [&](const Folder& folder, Source where,
                         std::int64_t& hits) -> std::shared_ptr<const Entry> {
     auto loaded = folder.load(key);
-    if (!loaded) warn(loaded.error());
+    const bool corrupt = !loaded && warn(loaded.error());
     const std::lock_guard lock(mutex);
-    counts.corrupt += loaded ? 0 : 1;
+    counts.corrupt += corrupt ? 1 : 0;
     if (!loaded || !*loaded) return nullptr;
     ++hits;
     if (source) *source = where;

@@ -8,6 +8,7 @@ namespace kda::cache {
 
 class KeyManifest {
 public:
+  /// `name`: a word, without space or newline; `value`: any bytes.
   void add(std::string_view name, std::string_view value);
   /// Every field as "name length\nvalue\n": ("ab","c") and ("a","bc") differ.
   [[nodiscard]] const std::string& text() const { return text_; }

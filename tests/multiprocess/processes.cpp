@@ -1,0 +1,184 @@
+// Several processes, one cache: one make per key, no mixed entries, and nobody waits for the dead.
+#include "cache/tuning_db.h"
+#include "process.h"
+#include "scratch.h"
+#include <algorithm>
+#include <catch2/catch.hpp>
+#include <chrono>
+#include <sys/stat.h>
+#include <thread>
+
+using namespace kda::cache;
+using namespace kda::cache::test;
+using namespace std::chrono_literals;
+namespace fs = std::filesystem;
+
+static double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+/// A process that holds the lock of `key` for ever; returns once it does.
+static Process hold(const fs::path& directory, const KeyManifest& key, bool with_child = false) {
+  Gate inside;
+  Process holder([&] {
+    Store store({.directory = directory});
+    (void)store.get_or_make(key, [&]() -> std::optional<Entry> {
+      if (with_child && ::fork() == 0) {
+        ::execl("/bin/sleep", "sleep", "5", static_cast<char*>(nullptr));
+        ::_exit(1);
+      }
+      inside.open();
+      for (;;)
+        ::pause();
+    });
+    return 0;
+  });
+  inside.wait();
+  return holder;
+}
+
+TEST_CASE("eight cold processes make one key once", "[multiprocess]") {
+  const Scratch scratch;
+  for (int round = 0; round < 6; ++round) {
+    const KeyManifest key = key_of("round " + std::to_string(round));
+    const fs::path made = scratch.path() / ("made " + std::to_string(round));
+    Gate start;
+    std::vector<Process> processes;
+    for (int i = 0; i < 8; ++i)
+      processes.emplace_back([&] {
+        start.wait();
+        Store store({.directory = scratch.path() / "cache"});
+        Source source = Source::memory;
+        const auto entry = store.get_or_make(
+            key,
+            [&] {
+              std::ofstream(made, std::ios::app) << 'x';
+              std::this_thread::sleep_for(30ms);
+              return entry_of("image " + std::to_string(round));
+            },
+            &source);
+        const bool right = entry && entry->payload == "image " + std::to_string(round);
+        return right && (source == Source::made || source == Source::disk) ? 0 : 1;
+      });
+    start.open();
+    for (Process& process : processes)
+      CHECK(process.wait() == 0);
+    CHECK(slurp(made) == "x");
+  }
+  CHECK(Store({.directory = scratch.path() / "cache"}).verify(false).good == 6);
+}
+
+TEST_CASE("processes make different keys at the same time", "[multiprocess]") {
+  const Scratch scratch;
+  Process holder = hold(scratch.path(), key_of("a"));
+  Store store({.directory = scratch.path()});
+  const auto start = std::chrono::steady_clock::now();
+  CHECK(store.get_or_make(key_of("b"), [] { return entry_of("image"); }));
+  CHECK(seconds_since(start) < 1);
+}
+
+TEST_CASE("a killed holder delays nobody, even with a child left behind", "[multiprocess]") {
+  const Scratch scratch;
+  const bool with_child = GENERATE(false, true);
+  Process holder = hold(scratch.path(), key_of("a"), with_child);
+  holder.kill();
+  int warnings = 0;
+  Store store({.directory = scratch.path(), .warn = [&](const std::string&) { ++warnings; }});
+  const auto start = std::chrono::steady_clock::now();
+  CHECK(store.get_or_make(key_of("a"), [] { return entry_of("image"); })->payload == "image");
+  CHECK(seconds_since(start) < 1);
+  CHECK(warnings == 0);
+  CHECK(store.stats().entries == 1);
+}
+
+TEST_CASE("a waiter goes on alone when the wait limit has passed", "[multiprocess]") {
+  const Scratch scratch;
+  Process holder = hold(scratch.path(), key_of("a"));
+  std::vector<std::string> warnings;
+  Store store({.directory = scratch.path(),
+               .warn = [&](const std::string& text) { warnings.push_back(text); },
+               .lock_wait_seconds = 0.2});
+  const auto start = std::chrono::steady_clock::now();
+  CHECK(store.get_or_make(key_of("a"), [] { return entry_of("image"); })->payload == "image");
+  CHECK(seconds_since(start) >= 0.2);
+  REQUIRE(warnings.size() == 1);
+  CHECK(warnings[0].find("waited 0.2 s") != std::string::npos);
+}
+
+TEST_CASE("an old, empty lock file is no lock, and it is never replaced", "[multiprocess]") {
+  const Scratch scratch;
+  fs::create_directories(scratch.path() / "v1");
+  spill(scratch.path() / "v1" / "lock", "");
+  struct stat before = {}, after = {};
+  REQUIRE(::stat((scratch.path() / "v1" / "lock").c_str(), &before) == 0);
+  Store store({.directory = scratch.path()});
+  for (int i = 0; i < 100; ++i) {
+    REQUIRE(store.get_or_make(key_of("a"), [] { return entry_of("image"); }));
+    store.clear();
+  }
+  REQUIRE(::stat((scratch.path() / "v1" / "lock").c_str(), &after) == 0);
+  CHECK(before.st_ino == after.st_ino);
+}
+
+TEST_CASE("two writers of one key: a reader sees one or the other, whole", "[multiprocess]") {
+  const Scratch scratch;
+  const fs::path cache = scratch.path() / "cache";
+  const auto writer = [&](char letter) {
+    return Process([&cache, letter] {
+      Store store({.directory = cache, .lock_wait_seconds = 0});
+      for (int i = 0; i < 60; ++i) {
+        store.discard(key_of("a"), "to write it again");
+        (void)store.get_or_make(key_of("a"), [&] {
+          return Entry{std::string(40000, letter), {{"letter", std::string(1, letter)}}};
+        });
+      }
+      return 0;
+    });
+  };
+  std::vector<Process> writers;
+  writers.push_back(writer('x'));
+  writers.push_back(writer('y'));
+  int seen = 0, mixed = 0, warnings = 0;
+  const auto read = [&] {
+    Store store({.directory = cache, .warn = [&](const std::string&) { ++warnings; }});
+    const auto entry = store.get(key_of("a"));
+    if (!entry) return;
+    ++seen;
+    const char letter = entry->metadata.at(0).second.at(0);
+    mixed += entry->payload == std::string(40000, letter) ? 0 : 1;
+  };
+  for (int i = 0; i < 200; ++i) {
+    read();
+    std::this_thread::sleep_for(1ms);
+  }
+  for (Process& process : writers)
+    CHECK(process.wait() == 0);
+  read();
+  CHECK(seen > 0);
+  CHECK(mixed == 0);
+  CHECK(warnings == 0);
+}
+
+TEST_CASE("processes that open a fresh tuning database at once all keep their rows", "[multiprocess]") {
+  const Scratch scratch;
+  Gate start;
+  std::vector<Process> processes;
+  for (int p = 0; p < 4; ++p)
+    processes.emplace_back([&, p] {
+      start.wait();
+      int warnings = 0;
+      TuningDb db(scratch.path(), [&](const std::string&) { ++warnings; });
+      for (int i = 0; i < 10; ++i) {
+        TuningRow row;
+        row.problem = "forward";
+        row.variant = std::to_string(p) + "/" + std::to_string(i);
+        row.status = "ok";
+        if (!db.put({row})) return 2;
+      }
+      return warnings;
+    });
+  start.open();
+  for (Process& process : processes)
+    CHECK(process.wait() == 0);
+  CHECK(TuningDb(scratch.path(), nullptr).rows().size() == 40);
+}
