@@ -1,0 +1,194 @@
+#include "cuda_backend.h"
+#include <array>
+#include <fmt/format.h>
+
+namespace kda {
+namespace {
+
+/// Makes the device's primary context current for a scope and puts the caller's back.
+class CurrentContext {
+public:
+  CurrentContext(const CudaDriver& d, CudaDriver::Handle context) : d_(d) { d_.context_push(context); }
+  ~CurrentContext() {
+    CudaDriver::Handle ignored = nullptr;
+    d_.context_pop(&ignored);
+  }
+  CurrentContext(const CurrentContext&) = delete;
+  CurrentContext& operator=(const CurrentContext&) = delete;
+
+private:
+  const CudaDriver& d_;
+};
+
+class CudaModule final : public Module {
+public:
+  CudaModule(std::shared_ptr<const CudaDriver> d, CudaDriver::Handle context, CudaDriver::Handle library)
+      : d_(std::move(d)), context_(context), library_(library) {}
+  ~CudaModule() override {
+    const CurrentContext current(*d_, context_);
+    d_->library_unload(library_);
+  }
+  CudaModule(const CudaModule&) = delete;
+  CudaModule& operator=(const CudaModule&) = delete;
+
+  Status find_entries(const std::vector<std::string>& entries, CudaDriver::Device device, int max_shared) {
+    for (const std::string& entry : entries) {
+      CudaDriver::Handle kernel = nullptr, function = nullptr;
+      if (Status ok = d_->check(d_->library_kernel(&kernel, library_, entry.c_str()), "cuLibraryGetKernel");
+          !ok)
+        return ok;
+      // The limit is raised once, here: execute then only launches.
+      if (Status ok =
+              d_->check(d_->kernel_set_attribute(CudaDriver::kMaxDynamicShared, max_shared, kernel, device),
+                        "cuKernelSetAttribute");
+          !ok)
+        return ok;
+      if (Status ok = d_->check(d_->kernel_function(&function, kernel), "cuKernelGetFunction"); !ok)
+        return ok;
+      functions_.push_back(function);
+    }
+    return {};
+  }
+
+  Status launch(const Launch& l, const KernelArgs& args, void* stream) const override {
+    const CurrentContext current(*d_, context_);
+    std::array<void*, 1> parameters{const_cast<KernelArgs*>(&args)};
+    const int code = d_->launch(functions_[static_cast<std::size_t>(l.entry)], l.grid[0], l.grid[1],
+                                l.grid[2], l.block, 1, 1, l.shared_bytes, stream, parameters.data(), nullptr);
+    return code == 0 ? Status{} : d_->check(code, "cuLaunchKernel");
+  }
+
+private:
+  std::shared_ptr<const CudaDriver> d_;
+  CudaDriver::Handle context_, library_;
+  std::vector<CudaDriver::Handle> functions_;
+};
+
+class CudaBackend final : public Backend {
+public:
+  CudaBackend(std::shared_ptr<const CudaDriver> d, Result<std::shared_ptr<const Nvrtc>> nvrtc)
+      : d_(std::move(d)), nvrtc_(std::move(nvrtc)) {}
+
+  Status open(int index) {
+    int count = 0;
+    d_->device_count(&count);
+    if (index < 0 || index >= count)
+      return fail(ErrorCode::unavailable,
+                  fmt::format("there is no cuda:{}; {} GPUs are visible", index, count));
+    if (Status ok = d_->check(d_->device_get(&device_, index), "cuDeviceGet"); !ok) return ok;
+    std::array<char, 128> name{};
+    d_->device_name(name.data(), static_cast<int>(name.size()), device_);
+    name_ = name.data();
+    const auto attribute = [&](int which) {
+      int value = 0;
+      d_->device_attribute(&value, which, device_);
+      return value;
+    };
+    const int major = attribute(CudaDriver::kMajor), minor = attribute(CudaDriver::kMinor);
+    target_.compute_capability = 10 * major + minor;
+    // The architecture-specific form carries wgmma and tcgen05; consumer parts before Hopper have none.
+    target_.arch = fmt::format("sm_{}{}", target_.compute_capability, major >= 9 ? "a" : "");
+    target_.multiprocessors = attribute(CudaDriver::kMultiprocessors);
+    target_.max_shared_bytes = attribute(CudaDriver::kSharedOptin);
+    target_.shared_bytes_per_sm = attribute(CudaDriver::kSharedPerSm);
+    target_.registers_per_sm = attribute(CudaDriver::kRegistersPerSm);
+    return d_->check(d_->primary_retain(&context_, device_), "cuDevicePrimaryCtxRetain");
+  }
+
+  [[nodiscard]] const Target& target() const override { return target_; }
+  [[nodiscard]] std::string name() const override { return name_; }
+  [[nodiscard]] std::string driver() const override {
+    return fmt::format("{}.{}", d_->version / 1000, d_->version % 1000 / 10);
+  }
+  [[nodiscard]] Result<std::string> compiler() const override {
+    if (!nvrtc_) return tl::unexpected(nvrtc_.error());
+    return (*nvrtc_)->identity();
+  }
+  [[nodiscard]] Result<Image> compile(const SourceUnit& unit) const override {
+    if (!nvrtc_) return tl::unexpected(nvrtc_.error());
+    return (*nvrtc_)->compile(unit);
+  }
+  [[nodiscard]] Result<std::shared_ptr<const Module>> load(const SourceUnit& unit,
+                                                           const Image& image) const override {
+    const CurrentContext current(*d_, context_);
+    CudaDriver::Handle library = nullptr;
+    if (Status ok = d_->check(
+            d_->library_load(&library, image.bytes.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+            "cuLibraryLoadData");
+        !ok)
+      return fail(ErrorCode::load_failed,
+                  fmt::format("the driver refuses the image of {} for {}", unit.name, target_.arch),
+                  ok.error().message);
+    auto module = std::make_shared<CudaModule>(d_, context_, library);
+    if (Status ok = module->find_entries(unit.entries, device_, target_.max_shared_bytes); !ok)
+      return fail(ErrorCode::load_failed, ok.error().message);
+    return std::shared_ptr<const Module>(std::move(module));
+  }
+
+  [[nodiscard]] Result<void*> allocate(std::size_t bytes) const override {
+    const CurrentContext current(*d_, context_);
+    CudaDriver::DevicePointer p = 0;
+    if (Status ok = d_->check(d_->allocate(&p, std::max<std::size_t>(bytes, 256)), "cuMemAlloc"); !ok)
+      return fail(ok.error().code,
+                  fmt::format("cannot allocate {} bytes on {}: {}", bytes, name_, ok.error().message));
+    return reinterpret_cast<void*>(p);
+  }
+  void release(void* p) const override {
+    const CurrentContext current(*d_, context_);
+    d_->release(reinterpret_cast<CudaDriver::DevicePointer>(p));
+  }
+  Status copy_to_device(void* to, const void* from, std::size_t bytes) const override {
+    const CurrentContext current(*d_, context_);
+    return d_->check(d_->copy_to_device(reinterpret_cast<CudaDriver::DevicePointer>(to), from, bytes),
+                     "cuMemcpyHtoD");
+  }
+  Status copy_from_device(void* to, const void* from, std::size_t bytes) const override {
+    const CurrentContext current(*d_, context_);
+    return d_->check(d_->copy_to_host(to, reinterpret_cast<CudaDriver::DevicePointer>(from), bytes),
+                     "cuMemcpyDtoH");
+  }
+  Status synchronize() const override {
+    const CurrentContext current(*d_, context_);
+    return d_->check(d_->context_synchronize(), "cuCtxSynchronize");
+  }
+  Status fill(void* to, std::uint32_t word, std::size_t words, void* stream) const override {
+    const CurrentContext current(*d_, context_);
+    return d_->check(d_->fill_words(reinterpret_cast<CudaDriver::DevicePointer>(to), word, words, stream),
+                     "cuMemsetD32");
+  }
+  [[nodiscard]] Result<double> time_us(const std::function<Status(void* stream)>& work) const override {
+    const CurrentContext current(*d_, context_);
+    CudaDriver::Handle begin = nullptr, end = nullptr;
+    d_->event_create(&begin, 0);
+    d_->event_create(&end, 0);
+    d_->event_record(begin, nullptr);
+    Status ok = work(nullptr);
+    d_->event_record(end, nullptr);
+    if (ok) ok = d_->check(d_->event_synchronize(end), "cuEventSynchronize");
+    float ms = 0;
+    if (ok) ok = d_->check(d_->event_elapsed(&ms, begin, end), "cuEventElapsedTime");
+    d_->event_destroy(begin);
+    d_->event_destroy(end);
+    if (!ok) return tl::unexpected(ok.error());
+    return static_cast<double>(ms) * 1e3;
+  }
+
+private:
+  std::shared_ptr<const CudaDriver> d_;
+  Result<std::shared_ptr<const Nvrtc>> nvrtc_;
+  CudaDriver::Device device_ = 0;
+  CudaDriver::Handle context_ = nullptr;
+  Target target_;
+  std::string name_;
+};
+
+} // namespace
+
+Result<std::shared_ptr<Backend>> make_cuda_backend(std::shared_ptr<const CudaDriver> driver, int index,
+                                                   Result<std::shared_ptr<const Nvrtc>> nvrtc) {
+  auto backend = std::make_shared<CudaBackend>(std::move(driver), std::move(nvrtc));
+  if (Status ok = backend->open(index); !ok) return tl::unexpected(ok.error());
+  return std::shared_ptr<Backend>(std::move(backend));
+}
+
+} // namespace kda

@@ -1,0 +1,62 @@
+#pragma once
+// The CUDA driver's functions, opened at run time. Types are declared here so that no toolkit header is
+// needed.
+#include "codegen/error.h"
+#include <cstddef>
+#include <memory>
+#include <string>
+
+namespace kda {
+
+struct CudaDriver {
+  using Device = int;
+  using DevicePointer = unsigned long long;
+  using Handle = void*; ///< context, stream, event, library, kernel, function
+
+  int (*init)(unsigned) = nullptr;
+  int (*driver_version)(int*) = nullptr;
+  int (*error_name)(int, const char**) = nullptr;
+  int (*device_count)(int*) = nullptr;
+  int (*device_get)(Device*, int) = nullptr;
+  int (*device_name)(char*, int, Device) = nullptr;
+  int (*device_attribute)(int*, int, Device) = nullptr;
+  int (*primary_retain)(Handle*, Device) = nullptr;
+  int (*context_push)(Handle) = nullptr;
+  int (*context_pop)(Handle*) = nullptr;
+  int (*context_synchronize)() = nullptr;
+  int (*library_load)(Handle*, const void*, const int*, void* const*, unsigned, const int*, void* const*,
+                      unsigned) = nullptr;
+  int (*library_unload)(Handle) = nullptr;
+  int (*library_kernel)(Handle*, Handle, const char*) = nullptr;
+  int (*kernel_function)(Handle*, Handle) = nullptr;
+  int (*kernel_set_attribute)(int, int, Handle, Device) = nullptr;
+  int (*launch)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**,
+                void**) = nullptr;
+  int (*allocate)(DevicePointer*, std::size_t) = nullptr;
+  int (*release)(DevicePointer) = nullptr;
+  int (*copy_to_device)(DevicePointer, const void*, std::size_t) = nullptr;
+  int (*copy_to_host)(void*, DevicePointer, std::size_t) = nullptr;
+  int (*fill_words)(DevicePointer, unsigned, std::size_t, Handle) = nullptr;
+  int (*stream_create)(Handle*, unsigned) = nullptr;
+  int (*stream_destroy)(Handle) = nullptr;
+  int (*event_create)(Handle*, unsigned) = nullptr;
+  int (*event_record)(Handle, Handle) = nullptr;
+  int (*event_synchronize)(Handle) = nullptr;
+  int (*event_elapsed)(float*, Handle, Handle) = nullptr;
+  int (*event_destroy)(Handle) = nullptr;
+
+  // CUdevice_attribute and CUfunction_attribute values, fixed by the driver's ABI.
+  static constexpr int kMultiprocessors = 16, kMajor = 75, kMinor = 76, kSharedPerSm = 81,
+                       kRegistersPerSm = 82, kSharedOptin = 97, kL2Bytes = 38;
+  static constexpr int kMaxDynamicShared = 8;
+
+  int version = 0; ///< 13000 for 13.0
+
+  /// Opens libcuda.so.1 and initialises it; unavailable, with what to do, when there is no usable driver or
+  /// GPU.
+  [[nodiscard]] static Result<std::shared_ptr<const CudaDriver>> open();
+  /// Ok for 0, else device_error (out_of_memory for code 2) naming the call and the driver's error.
+  [[nodiscard]] Status check(int code, const char* call) const;
+};
+
+} // namespace kda
