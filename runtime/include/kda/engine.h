@@ -62,6 +62,8 @@ struct Args {
   float lower_bound = -5; ///< of the bounded gates
 };
 
+class Backend; // runtime/src/backend.h
+
 enum class TuneMode : std::uint8_t {
   off,    ///< the cost model's choice
   cached, ///< a tuned row if there is one, else the cost model's choice (default)
@@ -74,8 +76,10 @@ struct EngineOptions {
   std::vector<std::filesystem::path> read_only_caches;
   TuneMode tune = TuneMode::cached;
   double tune_budget_seconds = 30;
-  int threads = 0;                           ///< host kernels and parallel compiles; 0: hardware threads
-  std::function<void(std::string_view)> log; ///< one line a call; empty: warnings to stderr
+  int threads = 0;                            ///< host kernels and parallel compiles; 0: hardware threads
+  std::function<void(std::string_view)> log;  ///< one line a call; empty: warnings to stderr
+  std::optional<std::filesystem::path> nvrtc; ///< unset: where the loader and the CUDA toolkit have it
+  std::shared_ptr<Backend> emulator; ///< what Device::Kind::emulator runs on; for tests and `kda-jit check`
   /// KDA_JIT_CACHE_DIR, KDA_JIT_CACHE_READONLY_DIRS, KDA_JIT_TUNE, KDA_JIT_TUNE_BUDGET_MS, KDA_JIT_THREADS,
   /// KDA_JIT_LOG, KDA_JIT_NVRTC (a library path). Malformed values are an error; `strict` also refuses
   /// unknown KDA_JIT_ names.

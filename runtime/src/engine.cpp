@@ -1,0 +1,251 @@
+// The public API over engine_impl: plan, prepare, execute.
+#include "engine_impl.h"
+#include "marshal.h"
+#include <algorithm>
+#include <bit>
+#include <fmt/format.h>
+
+namespace kda {
+
+std::string bucket(const Sizes& s) {
+  const auto up = [](std::int64_t x) {
+    return std::bit_ceil(static_cast<std::uint64_t>(std::max<std::int64_t>(x, 1)));
+  };
+  return fmt::format("T{} N{}", up(s.tokens), up(s.sequences));
+}
+
+WorkspaceLayout workspace_of(const Target& target, const Problem& p, const Variant& v, const Sizes& s) {
+  return target.kind == Target::Kind::host ? WorkspaceLayout{} : workspace_layout(p, v, s);
+}
+
+Status launch_all(const Backend& backend, const Module& module, const Problem& p, const Variant& v,
+                  const Sizes& s, KernelArgs& args, void* workspace, void* stream) {
+  const WorkspaceLayout layout = workspace_of(backend.target(), p, v, s);
+  for (int i = 0; i < layout.count; ++i)
+    args.workspace[i] = static_cast<std::byte*>(workspace) + layout.offset[static_cast<std::size_t>(i)];
+  const LaunchList list = launches(p, v, backend.target(), s);
+  for (int i = 0; i < list.count; ++i) {
+    const Launch& l = list.items[static_cast<std::size_t>(i)];
+    if (l.grid[0] == 0 || l.grid[1] == 0 || l.grid[2] == 0) continue;
+    if (Status ok = module.launch(l, args, stream); !ok) return ok;
+  }
+  return {};
+}
+
+// ---- Plan
+
+const Problem& Plan::problem() const {
+  return impl_->problem;
+}
+const Variant& Plan::variant() const {
+  return impl_->variant;
+}
+Device Plan::device() const {
+  return impl_->device;
+}
+std::string Plan::explain() const {
+  return fmt::format("{} on {}: {} ({})", to_string(impl_->problem), to_string(impl_->device),
+                     to_string(impl_->variant), impl_->choice);
+}
+
+// ---- Kernel
+
+const KernelInfo& Kernel::info() const {
+  return impl_->info;
+}
+const Problem& Kernel::problem() const {
+  return impl_->problem;
+}
+
+Result<std::size_t> Kernel::workspace_bytes(const Sizes& sizes) const {
+  if (const Status ok = check_sizes(impl_->problem, sizes); !ok) return tl::unexpected(ok.error());
+  return workspace_of(impl_->backend->target(), impl_->problem, impl_->variant, sizes).bytes;
+}
+
+Status Kernel::execute(const Args& args, void* workspace, std::size_t bytes, void* stream) const {
+  if (impl_ == nullptr) return fail(ErrorCode::not_prepared, "execute on a kernel that was never prepared");
+  KernelArgs kernel_args;
+  Sizes sizes;
+  if (Status ok = make_kernel_args(impl_->problem, args, impl_->host_memory, kernel_args, sizes); !ok)
+    return ok;
+  const std::size_t needed =
+      workspace_of(impl_->backend->target(), impl_->problem, impl_->variant, sizes).bytes;
+  if (bytes < needed || (needed > 0 && workspace == nullptr))
+    return fail(
+        ErrorCode::invalid_argument,
+        fmt::format("the workspace has {} bytes and {} are needed; ask workspace_bytes", bytes, needed));
+  if (reinterpret_cast<std::uintptr_t>(workspace) % 256 != 0)
+    return fail(ErrorCode::invalid_argument, "the workspace is not aligned to 256 bytes");
+  return launch_all(*impl_->backend, *impl_->module, impl_->problem, impl_->variant, sizes, kernel_args,
+                    workspace, stream);
+}
+
+// ---- Engine
+
+Result<Engine> Engine::create(EngineOptions options) {
+  Engine engine;
+  engine.impl_ = std::make_shared<Impl>(std::move(options));
+  return engine;
+}
+
+std::vector<DeviceInfo> Engine::devices() const {
+  std::vector<Device> candidates;
+  int count = 0;
+  if (impl_->driver) (*impl_->driver)->device_count(&count);
+  for (int i = 0; i < std::max(count, 1); ++i)
+    candidates.push_back(Device::cuda(i));
+  if (impl_->options.emulator != nullptr) candidates.push_back({Device::Kind::emulator, 0});
+  candidates.push_back(Device::host());
+  std::vector<DeviceInfo> all;
+  for (const Device& d : candidates) {
+    DeviceInfo info;
+    info.device = d;
+    const auto backend = impl_->backend(d);
+    if (backend) {
+      info.name = (*backend)->name();
+      info.arch = (*backend)->target().arch;
+      info.driver = (*backend)->driver();
+      const auto compiler = (*backend)->compiler();
+      if (compiler)
+        info.compiler = *compiler;
+      else
+        info.problem = compiler.error().message;
+    } else {
+      info.problem = backend.error().message;
+    }
+    all.push_back(std::move(info));
+  }
+  return all;
+}
+
+Device Engine::best_device() const {
+  return impl_->backend(Device::cuda(0)) ? Device::cuda(0) : Device::host();
+}
+
+Result<Plan> Engine::plan(const Problem& problem, Device device, const Sizes& typical,
+                          const std::optional<Variant>& variant) const {
+  if (const Status ok = validate(problem); !ok) return tl::unexpected(ok.error());
+  if (const Status ok = check_sizes(problem, typical); !ok) return tl::unexpected(ok.error());
+  const auto backend = impl_->backend(device);
+  if (!backend) return tl::unexpected(backend.error());
+  const Target& target = (*backend)->target();
+  auto impl = std::make_shared<Plan::Impl>(Plan::Impl{problem, {}, device, typical, "cost model"});
+  const auto fits = [&](const Variant& v) {
+    const auto all = enumerate(problem, target);
+    const auto c = std::find_if(all.begin(), all.end(), [&](const Candidate& x) { return x.variant == v; });
+    return c == all.end() ? std::string("it is not a variant of this problem") : c->rejected;
+  };
+  if (variant) {
+    if (const std::string why = fits(*variant); !why.empty())
+      return fail(ErrorCode::invalid_argument,
+                  fmt::format("the variant '{}' cannot run {} on {}: {}", to_string(*variant),
+                              to_string(problem), target.arch, why));
+    impl->variant = *variant;
+    impl->choice = "given";
+  } else {
+    const auto chosen = choose(problem, target, typical);
+    if (!chosen) return tl::unexpected(chosen.error());
+    impl->variant = *chosen;
+    if (impl_->options.tune != TuneMode::off)
+      for (const cache::TuningRow& row :
+           impl_->tuning.rows(to_string(problem), bucket(typical), (*backend)->name())) {
+        const auto tuned = parse_variant(row.variant);
+        // A row of another driver or compiler timed other machine code.
+        if (!row.chosen || !tuned || row.driver != (*backend)->driver() ||
+            row.compiler != (*backend)->compiler().value_or("") || !fits(*tuned).empty())
+          continue;
+        impl->variant = *tuned;
+        impl->choice = "tuned";
+      }
+  }
+  Plan plan;
+  plan.impl_ = std::move(impl);
+  return plan;
+}
+
+Result<Kernel> Engine::prepare(const Plan& plan) const {
+  if (plan.impl_ == nullptr) return fail(ErrorCode::not_prepared, "prepare needs a plan of this engine");
+  const TuneMode mode = impl_->options.tune;
+  Plan wanted = plan;
+  if (plan.impl_->choice != "given" &&
+      (mode == TuneMode::force || (mode == TuneMode::on && plan.impl_->choice != "tuned"))) {
+    if (const auto report = tune(plan.problem(), plan.device(), plan.impl_->typical); !report)
+      impl_->warn(fmt::format("tuning failed, the cost model's choice is used: {}", report.error().message));
+    else if (auto again = this->plan(plan.problem(), plan.device(), plan.impl_->typical); again)
+      wanted = *again;
+  }
+  auto made = impl_->kernel(impl_, *wanted.impl_);
+  if (!made) return tl::unexpected(made.error());
+  Kernel kernel;
+  kernel.impl_ = *made;
+  return kernel;
+}
+
+std::future<Result<Kernel>> Engine::prepare_async(const Plan& plan) const {
+  return std::async(std::launch::async, [engine = *this, plan] { return engine.prepare(plan); });
+}
+
+Result<KernelInfo> Engine::precompile(const Problem& problem, const Variant& variant,
+                                      const Target& target) const {
+  const auto unit = emit(problem, variant, target);
+  if (!unit) return tl::unexpected(unit.error());
+  if (!impl_->nvrtc) return tl::unexpected(impl_->nvrtc.error());
+  KernelInfo info;
+  info.device = target.arch;
+  info.variant = to_string(variant);
+  info.choice = "given";
+  const auto image = impl_->image(
+      *unit, target, (*impl_->nvrtc)->identity(),
+      [&](const SourceUnit& u) { return (*impl_->nvrtc)->compile(u); }, info);
+  if (!image) return tl::unexpected(image.error());
+  return info;
+}
+
+Status Engine::run(const Problem& problem, Device device, const Sizes& sizes, const Args& args,
+                   void* stream) const {
+  const auto made = plan(problem, device, sizes);
+  if (!made) return tl::unexpected(made.error());
+  const auto kernel = prepare(*made);
+  if (!kernel) return tl::unexpected(kernel.error());
+  const auto bytes = kernel->workspace_bytes(sizes);
+  if (!bytes) return tl::unexpected(bytes.error());
+  void* workspace = nullptr;
+  if (*bytes > 0) {
+    const auto memory = allocate(device, *bytes);
+    if (!memory) return tl::unexpected(memory.error());
+    workspace = *memory;
+  }
+  Status ok = kernel->execute(args, workspace, *bytes, stream);
+  const Status done = synchronize(device);
+  if (workspace != nullptr) release(device, workspace);
+  return ok ? done : ok;
+}
+
+Result<void*> Engine::allocate(Device device, std::size_t bytes) const {
+  const auto backend = impl_->backend(device);
+  if (!backend) return tl::unexpected(backend.error());
+  return (*backend)->allocate(bytes);
+}
+void Engine::release(Device device, void* data) const {
+  if (const auto backend = impl_->backend(device); backend && data != nullptr) (*backend)->release(data);
+}
+Status Engine::copy_to_device(Device device, void* to, const void* from, std::size_t bytes) const {
+  const auto backend = impl_->backend(device);
+  return backend ? (*backend)->copy_to_device(to, from, bytes) : Status(tl::unexpected(backend.error()));
+}
+Status Engine::copy_from_device(Device device, void* to, const void* from, std::size_t bytes) const {
+  const auto backend = impl_->backend(device);
+  return backend ? (*backend)->copy_from_device(to, from, bytes) : Status(tl::unexpected(backend.error()));
+}
+Status Engine::synchronize(Device device) const {
+  const auto backend = impl_->backend(device);
+  return backend ? (*backend)->synchronize() : Status(tl::unexpected(backend.error()));
+}
+std::filesystem::path Engine::cache_directory() const {
+  return impl_->store.directory();
+}
+std::int64_t Engine::compile_count() const {
+  return impl_->compiles;
+}
+
+} // namespace kda

@@ -1,0 +1,208 @@
+// Images and modules: compile or find, load, heal.
+#include "engine_impl.h"
+#include "cuda_backend.h"
+#include "host_backend.h"
+#include <chrono>
+#include <fmt/format.h>
+
+namespace kda {
+namespace {
+
+constexpr const char* kGeneratorVersion = "1"; // of the key's fields and of the entry's metadata
+
+double milliseconds_since(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count();
+}
+
+cache::KeyManifest key_of(const SourceUnit& unit, const Target& target, const std::string& compiler) {
+  cache::KeyManifest key;
+  key.add("generator", kGeneratorVersion);
+  key.add("kind", target.kind == Target::Kind::cuda ? "cuda" : "host");
+  key.add("arch", target.arch);
+  key.add("features", target.features);
+  key.add("compiler", compiler);
+  for (const std::string& o : unit.options)
+    key.add("option", o);
+  for (const std::string& e : unit.entries)
+    key.add("entry", e);
+  key.add(unit.name, unit.main);
+  for (const SourceFile& f : unit.files)
+    key.add(f.name, f.text);
+  return key;
+}
+
+cache::Entry entry_of(const Image& image) {
+  cache::Entry entry;
+  entry.payload = image.bytes;
+  for (const KernelFigures& k : image.kernels)
+    entry.metadata.emplace_back("kernel", fmt::format("{} {} {} {} {}", k.entry, k.registers, k.shared_bytes,
+                                                      k.stack_bytes, k.spill_bytes));
+  entry.metadata.emplace_back("log", image.log);
+  return entry;
+}
+
+Image image_of(const cache::Entry& entry) {
+  Image image;
+  image.bytes = entry.payload;
+  for (const auto& [name, value] : entry.metadata) {
+    if (name == "log") image.log = value;
+    if (name != "kernel") continue;
+    KernelFigures k;
+    std::array<char, 128> text{};
+    // The entry's name has no space; the width keeps within `text`.
+    if (std::sscanf(value.c_str(), "%127s %d %d %d %d", text.data(), &k.registers, &k.shared_bytes,
+                    &k.stack_bytes, &k.spill_bytes) != 5)
+      continue;
+    k.entry = text.data();
+    image.kernels.push_back(k);
+  }
+  return image;
+}
+
+Origin origin_of(cache::Source source) {
+  switch (source) {
+  case cache::Source::made: return Origin::compiled;
+  case cache::Source::memory: return Origin::memory;
+  case cache::Source::disk: return Origin::disk;
+  case cache::Source::read_only: break;
+  }
+  return Origin::read_only;
+}
+
+cache::StoreOptions store_options(const EngineOptions& o) {
+  cache::StoreOptions s;
+  s.directory = o.cache_directory ? *o.cache_directory : cache::default_directory();
+  s.read_only = o.read_only_caches;
+  s.warn = [log = o.log](const std::string& text) {
+    if (log)
+      log(text);
+    else
+      fmt::print(stderr, "kda-jit: warning: {}\n", text);
+  };
+  return s;
+}
+
+} // namespace
+
+Engine::Impl::Impl(EngineOptions o)
+    : options(std::move(o)), store(store_options(options)),
+      tuning(store.directory(), [this](const std::string& text) { warn(text); }),
+      nvrtc(Nvrtc::open(options.nvrtc)), driver(CudaDriver::open()) {}
+
+void Engine::Impl::log(std::string_view line) const {
+  if (options.log) options.log(line);
+}
+void Engine::Impl::warn(std::string_view line) const {
+  if (options.log)
+    options.log(line);
+  else
+    fmt::print(stderr, "kda-jit: warning: {}\n", line);
+}
+
+Result<std::shared_ptr<Backend>> Engine::Impl::backend(const Device& device) {
+  const std::scoped_lock lock(mutex_);
+  std::shared_ptr<Backend>& slot = backends_[to_string(device)];
+  if (slot != nullptr) return slot;
+  Result<std::shared_ptr<Backend>> made = fail(ErrorCode::unavailable, "this program has no emulator");
+  switch (device.kind) {
+  case Device::Kind::host: made = make_host_backend(options.threads); break;
+  case Device::Kind::cuda:
+    made = driver ? make_cuda_backend(*driver, device.index, nvrtc)
+                  : Result<std::shared_ptr<Backend>>(tl::unexpected(driver.error()));
+    break;
+  case Device::Kind::emulator:
+    if (options.emulator != nullptr) made = options.emulator;
+    break;
+  }
+  if (made) slot = *made;
+  return made;
+}
+
+Result<Image> Engine::Impl::image(const SourceUnit& unit, const Target& target, const std::string& compiler,
+                                  const std::function<Result<Image>(const SourceUnit&)>& compile,
+                                  KernelInfo& info) {
+  const cache::KeyManifest key = key_of(unit, target, compiler);
+  info.key = key.digest();
+  Result<Image> made = fail(ErrorCode::internal, "not compiled");
+  const auto make = [&]() -> std::optional<cache::Entry> {
+    const auto begin = std::chrono::steady_clock::now();
+    made = compile(unit);
+    if (!made) return std::nullopt;
+    ++compiles;
+    info.compile_ms = milliseconds_since(begin);
+    log(fmt::format("compiled {} for {} in {:.0f} ms", unit.name, target.arch, info.compile_ms));
+    return entry_of(*made);
+  };
+  cache::Source source = cache::Source::made;
+  const auto entry = store.get_or_make(key, make, &source);
+  if (entry == nullptr) return made;
+  info.origin = origin_of(source);
+  Image image = image_of(*entry);
+  for (const KernelFigures& k : image.kernels) {
+    info.registers = std::max(info.registers, k.registers);
+    info.shared_bytes = std::max(info.shared_bytes, k.shared_bytes);
+    info.spill_bytes = std::max(info.spill_bytes, k.spill_bytes);
+  }
+  return image;
+}
+
+Status Engine::Impl::load(const Backend& backend, const SourceUnit& unit, LoadedImage& loaded) {
+  const auto compiler = backend.compiler();
+  if (!compiler) return tl::unexpected(compiler.error());
+  const auto compile = [&](const SourceUnit& u) { return backend.compile(u); };
+  for (const bool last : {false, true}) {
+    const auto bytes = image(unit, backend.target(), *compiler, compile, loaded.info);
+    if (!bytes) return tl::unexpected(bytes.error());
+    const auto begin = std::chrono::steady_clock::now();
+    auto module = backend.load(unit, *bytes);
+    loaded.info.load_ms = milliseconds_since(begin);
+    if (module) {
+      loaded.module = *module;
+      return {};
+    }
+    if (last || loaded.info.origin == Origin::compiled) return tl::unexpected(module.error());
+    // A cached image that the loader refuses: drop it and compile again.
+    store.discard(key_of(unit, backend.target(), *compiler), module.error().message);
+  }
+  return {};
+}
+
+Result<std::shared_ptr<const Kernel::Impl>> Engine::Impl::kernel(const std::shared_ptr<Impl>& self,
+                                                                 const Plan::Impl& plan) {
+  auto device = backend(plan.device);
+  if (!device) return tl::unexpected(device.error());
+  const auto unit = emit(plan.problem, plan.variant, (*device)->target());
+  if (!unit) return tl::unexpected(unit.error());
+  std::shared_ptr<LoadedImage> loaded;
+  {
+    const std::string key = to_string(plan.device) + key_of(*unit, (*device)->target(), "").digest();
+    const std::scoped_lock lock(mutex_);
+    std::shared_ptr<LoadedImage>& slot = images_[key];
+    if (slot == nullptr) slot = std::make_shared<LoadedImage>();
+    loaded = slot;
+  }
+  auto k = std::make_shared<Kernel::Impl>();
+  {
+    const std::scoped_lock lock(loaded->mutex);
+    if (loaded->module == nullptr) {
+      if (const Status ok = load(**device, *unit, *loaded); !ok) return tl::unexpected(ok.error());
+      k->info = loaded->info;
+    } else {
+      k->info = loaded->info;
+      k->info.origin = Origin::memory;
+      k->info.compile_ms = k->info.load_ms = 0;
+    }
+    k->module = loaded->module;
+  }
+  k->engine = self;
+  k->backend = *device;
+  k->problem = plan.problem;
+  k->variant = plan.variant;
+  k->host_memory = plan.device.kind != Device::Kind::cuda;
+  k->info.device = fmt::format("{} ({})", to_string(plan.device), (*device)->name());
+  k->info.variant = to_string(plan.variant);
+  k->info.choice = plan.choice;
+  return std::shared_ptr<const Kernel::Impl>(std::move(k));
+}
+
+} // namespace kda

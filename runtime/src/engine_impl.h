@@ -1,0 +1,79 @@
+#pragma once
+// What an Engine shares with its plans and kernels.
+#include "backend.h"
+#include "cache/store.h"
+#include "cache/tuning_db.h"
+#include "cuda_driver.h"
+#include "kda/engine.h"
+#include "nvrtc.h"
+#include <atomic>
+#include <map>
+#include <mutex>
+
+namespace kda {
+
+struct Plan::Impl {
+  Problem problem;
+  Variant variant;
+  Device device;
+  Sizes typical;
+  std::string choice; ///< "cost model", "tuned", "given"
+};
+
+struct Kernel::Impl {
+  std::shared_ptr<Engine::Impl> engine; ///< keeps the backend's libraries open
+  std::shared_ptr<const Backend> backend;
+  std::shared_ptr<const Module> module;
+  Problem problem;
+  Variant variant;
+  bool host_memory = false;
+  KernelInfo info;
+};
+
+/// One compiled and loaded image; `mutex` is held while the first user makes it.
+struct LoadedImage {
+  std::mutex mutex;
+  std::shared_ptr<const Module> module;
+  KernelInfo info;
+};
+
+struct Engine::Impl {
+  explicit Impl(EngineOptions o);
+
+  EngineOptions options;
+  cache::Store store;
+  cache::TuningDb tuning;
+  Result<std::shared_ptr<const Nvrtc>> nvrtc;
+  Result<std::shared_ptr<const CudaDriver>> driver;
+  std::atomic<std::int64_t> compiles{0};
+
+  /// The device's backend, made on first use.
+  [[nodiscard]] Result<std::shared_ptr<Backend>> backend(const Device&);
+  /// The image of a unit, from the cache or through `compile`.
+  [[nodiscard]] Result<Image> image(const SourceUnit&, const Target&, const std::string& compiler,
+                                    const std::function<Result<Image>(const SourceUnit&)>& compile,
+                                    KernelInfo&);
+  /// The module of (problem, variant) on a device, loaded once; a refused image is dropped and compiled
+  /// again.
+  [[nodiscard]] Result<std::shared_ptr<const Kernel::Impl>> kernel(const std::shared_ptr<Impl>& self,
+                                                                   const Plan::Impl&);
+  void log(std::string_view line) const;
+  void warn(std::string_view line) const;
+
+private:
+  Status load(const Backend&, const SourceUnit&, LoadedImage&);
+  std::mutex mutex_; ///< of the two maps
+  std::map<std::string, std::shared_ptr<Backend>> backends_;
+  std::map<std::string, std::shared_ptr<LoadedImage>> images_;
+};
+
+/// The bucket of a tuning row: T and N rounded up to powers of two, e.g. "T8192 N1". The only bucket
+/// function.
+[[nodiscard]] std::string bucket(const Sizes&);
+/// The run-time workspace of a call; none on the host.
+[[nodiscard]] WorkspaceLayout workspace_of(const Target&, const Problem&, const Variant&, const Sizes&);
+/// Points the slots of `args` into `workspace` and launches everything. Allocates nothing.
+Status launch_all(const Backend&, const Module&, const Problem&, const Variant&, const Sizes&, KernelArgs&,
+                  void* workspace, void* stream);
+
+} // namespace kda

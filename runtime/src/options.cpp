@@ -1,0 +1,142 @@
+// EngineOptions from the environment, and the names of devices.
+#include "kda/engine.h"
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
+#include <fmt/format.h>
+
+extern char** environ; // NOLINT(readability-redundant-declaration): POSIX names it, no header must
+
+namespace kda {
+namespace {
+
+/// The value of a variable; an empty string means unset.
+std::optional<std::string> variable(const char* name) {
+  const char* const value =
+      std::getenv(name); // NOLINT(concurrency-mt-unsafe): nothing here writes the environment
+  return value == nullptr || *value == 0 ? std::nullopt : std::optional<std::string>(value);
+}
+
+Result<double> number(const char* name, const std::string& text) {
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < 0)
+    return fail(ErrorCode::invalid_argument,
+                fmt::format("{} is '{}', expected a number that is not negative", name, text));
+  return value;
+}
+
+Result<TuneMode> parse_tune_mode(const std::string& text) {
+  if (text == "off") return TuneMode::off;
+  if (text == "cached") return TuneMode::cached;
+  if (text == "on") return TuneMode::on;
+  if (text == "force") return TuneMode::force;
+  return fail(ErrorCode::invalid_argument,
+              fmt::format("KDA_JIT_TUNE is '{}'; choose off, cached, on or force", text));
+}
+
+Status refuse_unknown() {
+  constexpr std::string_view kPrefix = "KDA_JIT_";
+  const auto known = environment_variables();
+  for (char** entry = environ; *entry != nullptr; ++entry) {
+    const std::string_view name = std::string_view(*entry).substr(0, std::string_view(*entry).find('='));
+    if (name.substr(0, kPrefix.size()) != kPrefix) continue;
+    if (std::none_of(known.begin(), known.end(),
+                     [&](const EnvironmentVariable& v) { return name == v.name; }))
+      return fail(
+          ErrorCode::invalid_argument,
+          fmt::format("unknown environment variable {}; `kda-jit env` lists those that are read", name));
+  }
+  return {};
+}
+
+} // namespace
+
+std::vector<EnvironmentVariable> environment_variables() {
+  return {{"KDA_JIT_CACHE_DIR", "directory of the persistent cache (default: $XDG_CACHE_HOME/kda-jit)"},
+          {"KDA_JIT_CACHE_READONLY_DIRS", "further caches that are only read, separated by colons"},
+          {"KDA_JIT_TUNE", "off, cached (default), on or force"},
+          {"KDA_JIT_TUNE_BUDGET_MS", "milliseconds that tuning one problem may take (default: 30000)"},
+          {"KDA_JIT_THREADS", "threads of host kernels and of parallel compiles (default: all)"},
+          {"KDA_JIT_LOG", "1: every compile and load on stderr; 0 (default): warnings only"},
+          {"KDA_JIT_NVRTC", "path of libnvrtc.so (default: the loader's and the CUDA toolkit's)"},
+          {"KDA_JIT_LIBRARY", "path of libkda_jit.so for the Python binding"}};
+}
+
+Result<EngineOptions> EngineOptions::from_environment(bool strict) {
+  if (strict)
+    if (const Status ok = refuse_unknown(); !ok) return tl::unexpected(ok.error());
+  EngineOptions options;
+  if (const auto text = variable("KDA_JIT_CACHE_DIR")) options.cache_directory = *text;
+  if (const auto text = variable("KDA_JIT_CACHE_READONLY_DIRS"))
+    for (std::size_t begin = 0; begin < text->size();) {
+      const std::size_t end = std::min(text->find(':', begin), text->size());
+      if (end > begin) options.read_only_caches.emplace_back(text->substr(begin, end - begin));
+      begin = end + 1;
+    }
+  if (const auto text = variable("KDA_JIT_TUNE")) {
+    const auto mode = parse_tune_mode(*text);
+    if (!mode) return tl::unexpected(mode.error());
+    options.tune = *mode;
+  }
+  if (const auto text = variable("KDA_JIT_TUNE_BUDGET_MS")) {
+    const auto ms = number("KDA_JIT_TUNE_BUDGET_MS", *text);
+    if (!ms) return tl::unexpected(ms.error());
+    options.tune_budget_seconds = *ms / 1e3;
+  }
+  if (const auto text = variable("KDA_JIT_THREADS")) {
+    const auto threads = number("KDA_JIT_THREADS", *text);
+    if (!threads) return tl::unexpected(threads.error());
+    options.threads = static_cast<int>(std::min(*threads, 4096.0));
+  }
+  if (const auto text = variable("KDA_JIT_LOG")) {
+    if (*text != "0" && *text != "1")
+      return fail(ErrorCode::invalid_argument, fmt::format("KDA_JIT_LOG is '{}'; choose 0 or 1", *text));
+    if (*text == "1") options.log = [](std::string_view line) { fmt::print(stderr, "kda-jit: {}\n", line); };
+  }
+  if (const auto text = variable("KDA_JIT_NVRTC")) options.nvrtc = *text;
+  return options;
+}
+
+std::string to_string(const Device& d) {
+  switch (d.kind) {
+  case Device::Kind::host: return "host";
+  case Device::Kind::emulator: return "emulator";
+  case Device::Kind::cuda: break;
+  }
+  return fmt::format("cuda:{}", d.index);
+}
+
+Result<Device> parse_device(std::string_view text) {
+  if (text == "host") return Device::host();
+  if (text == "emulator") return Device{Device::Kind::emulator, 0};
+  constexpr std::string_view kCuda = "cuda:";
+  if (text.substr(0, kCuda.size()) == kCuda) {
+    int index = 0;
+    const auto [end, error] = std::from_chars(text.data() + kCuda.size(), text.data() + text.size(), index);
+    if (error == std::errc() && end == text.data() + text.size() && index >= 0) return Device::cuda(index);
+  }
+  return fail(ErrorCode::invalid_argument,
+              fmt::format("unknown device '{}'; choose host, emulator or cuda:N", text));
+}
+
+const char* to_string(Origin origin) {
+  switch (origin) {
+  case Origin::compiled: return "compiled";
+  case Origin::memory: return "memory";
+  case Origin::disk: return "disk";
+  case Origin::read_only: break;
+  }
+  return "read-only cache";
+}
+
+Tensor contiguous(void* data, DType dtype, std::initializer_list<std::int64_t> shape) {
+  Tensor t;
+  t.data = data;
+  t.dtype = dtype;
+  t.rank = static_cast<int>(shape.size());
+  std::copy(shape.begin(), shape.end(), t.shape);
+  return t;
+}
+
+} // namespace kda
