@@ -4,6 +4,7 @@
 #include "host_backend.h"
 #include <chrono>
 #include <fmt/format.h>
+#include <thread>
 
 namespace kda {
 namespace {
@@ -89,6 +90,10 @@ Engine::Impl::Impl(EngineOptions o)
       tuning(store.directory(), [this](const std::string& text) { warn(text); }),
       nvrtc(Nvrtc::open(options.nvrtc)), driver(CudaDriver::open()) {}
 
+int Engine::Impl::threads() const {
+  return options.threads > 0 ? options.threads
+                             : static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+}
 void Engine::Impl::log(std::string_view line) const {
   if (options.log) options.log(line);
 }
@@ -105,7 +110,7 @@ Result<std::shared_ptr<Backend>> Engine::Impl::backend(const Device& device) {
   if (slot != nullptr) return slot;
   Result<std::shared_ptr<Backend>> made = fail(ErrorCode::unavailable, "this program has no emulator");
   switch (device.kind) {
-  case Device::Kind::host: made = make_host_backend(options.threads); break;
+  case Device::Kind::host: made = make_host_backend(threads()); break;
   case Device::Kind::cuda:
     made = driver ? make_cuda_backend(*driver, device.index, nvrtc)
                   : Result<std::shared_ptr<Backend>>(tl::unexpected(driver.error()));

@@ -57,6 +57,7 @@ struct Engine::Impl {
   /// again.
   [[nodiscard]] Result<std::shared_ptr<const Kernel::Impl>> kernel(const std::shared_ptr<Impl>& self,
                                                                    const Plan::Impl&);
+  [[nodiscard]] int threads() const; ///< of host kernels and parallel compiles
   void log(std::string_view line) const;
   void warn(std::string_view line) const;
 

@@ -126,9 +126,10 @@ public:
   [[nodiscard]] Device device() const;
   [[nodiscard]] std::string explain() const;
 
+  struct Impl; ///< the library's own
+
 private:
   friend class Engine;
-  struct Impl;
   std::shared_ptr<const Impl> impl_;
 };
 
@@ -143,9 +144,10 @@ public:
   [[nodiscard]] const KernelInfo& info() const;
   [[nodiscard]] const Problem& problem() const;
 
+  struct Impl; ///< the library's own
+
 private:
   friend class Engine;
-  struct Impl;
   std::shared_ptr<const Impl> impl_;
 };
 
@@ -192,11 +194,10 @@ public:
   /// Images compiled by this engine since it was created.
   [[nodiscard]] std::int64_t compile_count() const;
 
+  struct Impl; ///< the library's own
+
 private:
-  struct Impl;
   std::shared_ptr<Impl> impl_;
-  friend class Plan;
-  friend class Kernel;
 };
 
 } // namespace kda

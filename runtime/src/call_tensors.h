@@ -1,0 +1,53 @@
+#pragma once
+// The tensors of one call with random contents on a device, for validating and timing candidates.
+#include "backend.h"
+#include "kda/engine.h"
+#include "kda/reference.h"
+#include <map>
+
+namespace kda {
+
+class CallTensors {
+public:
+  explicit CallTensors(std::shared_ptr<const Backend> backend) : backend_(std::move(backend)) {}
+  ~CallTensors();
+  CallTensors(const CallTensors&) = delete;
+  CallTensors& operator=(const CallTensors&) = delete;
+
+  /// Allocates and fills every tensor of the problem; packed sequences are of equal length. out_of_memory
+  /// when they do not fit.
+  Status create(const Problem&, const Sizes&, std::uint64_t seed);
+  [[nodiscard]] const Args& args() const { return args_; }
+  /// Fills every output with NaN.
+  Status poison() const;
+  /// An output in float64, states in [K,V], by the name of its member in Args.
+  [[nodiscard]] Result<reference::Array> output(const std::string& name) const;
+  [[nodiscard]] std::vector<std::string> outputs() const;
+  /// What the device read, rounded as there.
+  [[nodiscard]] Result<reference::Inputs> reference_inputs() const;
+  [[nodiscard]] Result<reference::OutputGradients> reference_output_gradients() const;
+  /// False when a call changed one of its inputs.
+  [[nodiscard]] Result<bool> inputs_preserved() const;
+
+private:
+  struct Buffer {
+    Tensor tensor;
+    std::size_t bytes = 0;
+    bool output = false, state = false;
+    std::vector<std::byte> before; ///< inputs, as uploaded
+  };
+  Status add(const std::string& name, Tensor& slot, DType dtype, std::initializer_list<std::int64_t> shape,
+             bool output, bool state, double mean, double deviation);
+  [[nodiscard]] Result<reference::Array> read(const std::string& name) const;
+
+  std::shared_ptr<const Backend> backend_;
+  Problem problem_;
+  Sizes sizes_;
+  Args args_;
+  std::uint64_t seed_ = 0;
+  std::vector<std::int64_t> cu_seqlens_;
+  void* cu_data_ = nullptr;
+  std::map<std::string, Buffer> buffers_;
+};
+
+} // namespace kda

@@ -1,0 +1,387 @@
+// Engine::tune: enumerate, compile in parallel, validate each candidate, time, decide, keep one row a
+// candidate.
+#include "call_tensors.h"
+#include "engine_impl.h"
+#include "marshal.h"
+#include <algorithm>
+#include <chrono>
+#include <fmt/format.h>
+#include <random>
+#include <thread>
+
+namespace kda {
+namespace {
+
+constexpr const char* kMode = "cold L2, stream"; // how samples are taken; part of a row's key
+constexpr int kSamples = 15, kFinalists = 3;
+/// A gain below this share of the default's time is noise whatever the spread says.
+constexpr double kLeastGain = 0.02;
+
+struct Contestant {
+  TuneRow row;
+  Variant variant;
+  std::shared_ptr<const Kernel::Impl> kernel;
+  std::vector<double> samples;
+  [[nodiscard]] bool ok() const { return row.status == "ok"; }
+};
+
+void summarise(Contestant& c) {
+  if (c.samples.empty()) return;
+  std::sort(c.samples.begin(), c.samples.end());
+  const auto at = [&](double share) {
+    return c.samples[static_cast<std::size_t>(share * static_cast<double>(c.samples.size() - 1))];
+  };
+  c.row.median_us = at(0.5);
+  c.row.spread_us = at(0.9) - at(0.1);
+}
+
+/// Compulsory bytes of a call: every input read once, every output written once.
+double compulsory_bytes(const Problem& p, const Sizes& s) {
+  const double rows = static_cast<double>(s.batch) * static_cast<double>(s.tokens),
+               element = size_of(p.dtype);
+  const double q = rows * p.heads * p.key_dim * element, v = rows * p.value_heads * p.value_dim * element;
+  const double g = rows * p.value_heads * p.key_dim * size_of(p.gate_dtype),
+               beta = rows * p.value_heads * size_of(p.beta_dtype);
+  const double state =
+      static_cast<double>(s.sequences) * p.value_heads * p.key_dim * p.value_dim * size_of(p.state_dtype);
+  switch (p.operation) {
+  case Operation::gate: return g + rows * p.value_heads * p.key_dim * 4;
+  case Operation::gate_backward: return 2 * g + rows * p.value_heads * p.key_dim * 4;
+  case Operation::backward: return 2 * (2 * q + v + g + beta) + v + 3 * state;
+  default: return 2 * q + 2 * v + g + beta + 2 * state;
+  }
+}
+
+class Tuning {
+public:
+  Tuning(std::shared_ptr<Engine::Impl> engine, std::shared_ptr<const Backend> backend, const Problem& p,
+         Device device, const Sizes& s)
+      : engine_(std::move(engine)), backend_(std::move(backend)), p_(p), device_(device), s_(s) {}
+
+  Result<TuneReport> run(const std::function<void(int, int)>& progress) {
+    const auto standard = choose(p_, backend_->target(), s_);
+    if (!standard) return tl::unexpected(standard.error());
+    enter();
+    compile();
+    if (const Status ok = validate(); !ok) return tl::unexpected(ok.error());
+    if (const Status ok = time_all(progress); !ok) return tl::unexpected(ok.error());
+    decide(*standard);
+    return keep();
+  }
+
+private:
+  void enter() {
+    for (const Candidate& c : enumerate(p_, backend_->target())) {
+      Contestant x;
+      x.variant = c.variant;
+      x.row.variant = to_string(c.variant);
+      x.row.status = c.rejected.empty() ? "ok" : "rejected";
+      x.row.reason = c.rejected;
+      all_.push_back(std::move(x));
+    }
+  }
+
+  void compile() {
+    std::atomic<std::size_t> next{0};
+    const auto work = [&] {
+      for (std::size_t i = next++; i < all_.size(); i = next++) {
+        Contestant& c = all_[i];
+        if (!c.ok()) continue;
+        const auto kernel = engine_->kernel(engine_, Plan::Impl{p_, c.variant, device_, s_, "given"});
+        if (!kernel) {
+          c.row.status = "failed";
+          c.row.reason = kernel.error().message;
+          continue;
+        }
+        c.kernel = *kernel;
+        c.row.registers = c.kernel->info.registers;
+        c.row.shared_bytes = c.kernel->info.shared_bytes;
+        if (c.kernel->info.spill_bytes > 0)
+          c.row.reason = fmt::format("spills {} bytes", c.kernel->info.spill_bytes);
+      }
+    };
+    const int threads = engine_->threads();
+    std::vector<std::jthread> pool;
+    for (int i = 0; i < threads; ++i)
+      pool.emplace_back(work);
+  }
+
+  /// One call on `tensors` with a workspace of its own; waits for it.
+  Status call(const Kernel::Impl& k, const CallTensors& tensors, void* workspace,
+              void* stream = nullptr) const {
+    KernelArgs args;
+    Sizes sizes;
+    if (Status ok = make_kernel_args(k.problem, tensors.args(), k.host_memory, args, sizes); !ok) return ok;
+    return launch_all(*backend_, *k.module, k.problem, k.variant, sizes, args, workspace, stream);
+  }
+  Status call_alone(const Kernel::Impl& k, const CallTensors& tensors, const Sizes& sizes) const {
+    const std::size_t bytes = workspace_of(backend_->target(), k.problem, k.variant, sizes).bytes;
+    const auto workspace = backend_->allocate(bytes);
+    if (!workspace) return tl::unexpected(workspace.error());
+    Status ok = backend_->fill(*workspace, 0xFFFFFFFFU, bytes / 4, nullptr);
+    if (ok) ok = tensors.poison();
+    if (ok) ok = call(k, tensors, *workspace);
+    const Status done = backend_->synchronize();
+    backend_->release(*workspace);
+    return ok ? done : ok;
+  }
+
+  /// Kernel texts do not know head counts, so candidates are checked on one group of heads: forward forms
+  /// against the token kernel of this device (itself checked against float64), everything else against
+  /// float64.
+  Status validate() {
+    Problem small = p_;
+    small.value_heads = p_.value_heads / p_.heads;
+    small.heads = 1;
+    Sizes sizes{p_.varlen ? 1 : 2, 150, p_.varlen ? 3 : 2};
+    CallTensors tensors(backend_);
+    if (Status ok = tensors.create(small, sizes, std::random_device{}()); !ok) return ok;
+    const auto expected = expected_outputs(tensors);
+    if (!expected) return tl::unexpected(expected.error());
+    for (Contestant& c : all_) {
+      if (!c.ok()) continue;
+      Kernel::Impl kernel = *c.kernel;
+      kernel.problem = small;
+      const auto error = check(kernel, tensors, sizes, *expected);
+      if (!error) {
+        c.row.status = "failed";
+        c.row.reason = error.error().message;
+      } else {
+        c.row.error = error->first;
+        if (!error->second.empty()) {
+          c.row.status = "wrong";
+          c.row.reason = error->second;
+        }
+      }
+    }
+    return {};
+  }
+
+  Result<std::map<std::string, reference::Array>> expected_outputs(const CallTensors& tensors) const {
+    const auto in = tensors.reference_inputs();
+    if (!in) return tl::unexpected(in.error());
+    std::map<std::string, reference::Array> e;
+    if (p_.operation == Operation::gate) {
+      e["o"] = reference::gate(*in);
+    } else if (p_.operation == Operation::backward || p_.operation == Operation::gate_backward) {
+      const auto g = tensors.reference_output_gradients();
+      if (!g) return tl::unexpected(g.error());
+      const reference::Gradients d = p_.operation == Operation::backward
+                                         ? reference::adjoint(*in, *g)
+                                         : reference::gate_adjoint(*in, g->d_o);
+      e = {{"d_q", d.d_q},
+           {"d_k", d.d_k},
+           {"d_v", d.d_v},
+           {"d_g", d.d_g},
+           {"d_beta", d.d_beta},
+           {"d_A_log", d.d_A_log},
+           {"d_dt_bias", d.d_dt_bias},
+           {"d_initial_state", d.d_initial_state}};
+    } else {
+      const reference::Outputs out = reference::recurrence(*in);
+      e = {{"o", out.o}, {"final_state", out.final_state}};
+    }
+    return e;
+  }
+
+  /// The largest relative error, and why the candidate is wrong (empty when it is right).
+  Result<std::pair<double, std::string>>
+  check(const Kernel::Impl& k, const CallTensors& tensors, const Sizes& sizes,
+        const std::map<std::string, reference::Array>& expected) const {
+    if (const Status ok = call_alone(k, tensors, sizes); !ok) return tl::unexpected(ok.error());
+    double worst = 0;
+    for (const std::string& name : tensors.outputs()) {
+      const auto got = tensors.output(name);
+      if (!got) return tl::unexpected(got.error());
+      const double error = reference::relative_error(*got, expected.at(name));
+      worst = std::max(worst, error);
+      if (!(error <= tolerance(name)))
+        return std::pair{worst, fmt::format("{} has error {:.1e}", name, error)};
+    }
+    const auto preserved = tensors.inputs_preserved();
+    if (!preserved) return tl::unexpected(preserved.error());
+    return std::pair{worst, std::string(*preserved ? "" : "it changed an input")};
+  }
+  [[nodiscard]] double tolerance(const std::string& name) const {
+    const bool backward = name.substr(0, 2) == "d_";
+    if (p_.dtype == DType::fp32) return backward ? 1e-2 : 1e-4;
+    if (!backward) return 1e-2;
+    return name == "d_g" || name == "d_A_log" || name == "d_beta" || name == "d_dt_bias" ? 2e-2 : 1e-2;
+  }
+
+  Status time_all(const std::function<void(int, int)>& progress) {
+    CallTensors tensors(backend_);
+    if (Status ok = tensors.create(p_, s_, std::random_device{}()); !ok) return ok;
+    std::size_t workspace_bytes = 256;
+    for (const Contestant& c : all_)
+      if (c.ok())
+        workspace_bytes =
+            std::max(workspace_bytes, workspace_of(backend_->target(), p_, c.variant, s_).bytes);
+    const auto workspace = backend_->allocate(workspace_bytes);
+    if (!workspace) return tl::unexpected(workspace.error());
+    // More than any L2; a smaller buffer where memory is short would time warm lines.
+    const std::size_t flush_bytes =
+        backend_->target().kind == Target::Kind::cuda ? std::size_t{128} << 20U : std::size_t{64} << 20U;
+    const auto flush = backend_->allocate(flush_bytes);
+    Status ok = flush ? Status{} : Status(tl::unexpected(flush.error()));
+    if (ok) ok = measure(tensors, *workspace, *flush, flush_bytes, progress);
+    if (flush) backend_->release(*flush);
+    backend_->release(*workspace);
+    return ok;
+  }
+
+  Status sample(Contestant& c, const CallTensors& tensors, void* workspace, void* flush,
+                std::size_t flush_bytes) const {
+    if (const Status ok = backend_->fill(flush, 0, flush_bytes / 4, nullptr); !ok) return ok;
+    const auto us =
+        backend_->time_us([&](void* stream) { return call(*c.kernel, tensors, workspace, stream); });
+    if (!us) return tl::unexpected(us.error());
+    c.samples.push_back(*us);
+    return {};
+  }
+
+  Status measure(const CallTensors& tensors, void* workspace, void* flush, std::size_t flush_bytes,
+                 const std::function<void(int, int)>& progress) {
+    const auto fill = [&](void* stream) { return backend_->fill(flush, 1, flush_bytes / 4, stream); };
+    double fill_us = 0;
+    for (int i = 0; i < 50; ++i) // brings the clocks up
+      if (const auto us = backend_->time_us(fill); us) fill_us = *us;
+    // A fill only writes; a copy reads and writes at about the same rate of bytes.
+    bandwidth_ = fill_us > 0 ? static_cast<double>(flush_bytes) / fill_us : 0;
+    const auto began = std::chrono::steady_clock::now();
+    const int total =
+        static_cast<int>(std::count_if(all_.begin(), all_.end(), [](const Contestant& c) { return c.ok(); }));
+    int done = 0;
+    for (Contestant& c : all_) {
+      if (!c.ok()) continue;
+      const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - began;
+      if (spent.count() > engine_->options.tune_budget_seconds) {
+        c.row.status = "failed";
+        c.row.reason = "not timed: the tuning budget was spent";
+      } else {
+        for (int i = 0; i < kSamples + 2 && c.ok(); ++i)
+          if (const Status ok = sample(c, tensors, workspace, flush, flush_bytes); !ok) {
+            c.row.status = "failed";
+            c.row.reason = ok.error().message;
+          }
+        if (c.samples.size() > 2) c.samples.erase(c.samples.begin(), c.samples.begin() + 2); // warm-up
+        summarise(c);
+      }
+      if (progress) progress(++done, total);
+    }
+    return finals(tensors, workspace, flush, flush_bytes);
+  }
+
+  /// The fastest few again, interleaved, so that a drift of clocks hits all alike.
+  Status finals(const CallTensors& tensors, void* workspace, void* flush, std::size_t flush_bytes) {
+    std::vector<Contestant*> order;
+    for (Contestant& c : all_)
+      if (c.ok()) order.push_back(&c);
+    std::stable_sort(order.begin(), order.end(), [](const Contestant* a, const Contestant* b) {
+      return a->row.median_us < b->row.median_us;
+    });
+    const auto standard = choose(p_, backend_->target(), s_);
+    std::vector<Contestant*> finalists(
+        order.begin(), order.begin() + std::min<std::ptrdiff_t>(kFinalists, std::ssize(order)));
+    for (Contestant* c : order)
+      if (standard && c->variant == *standard &&
+          std::find(finalists.begin(), finalists.end(), c) == finalists.end())
+        finalists.push_back(c);
+    for (Contestant* c : finalists)
+      c->samples.clear();
+    for (int i = 0; i < 2 * kSamples; ++i)
+      for (Contestant* c : finalists)
+        if (const Status ok = sample(*c, tensors, workspace, flush, flush_bytes); !ok) return ok;
+    for (Contestant* c : finalists)
+      summarise(*c);
+    return {};
+  }
+
+  /// The fastest wins; the default stays unless the gain exceeds the noise of both.
+  void decide(const Variant& standard) {
+    Contestant* best = nullptr;
+    Contestant* keep = nullptr;
+    for (Contestant& c : all_) {
+      if (!c.ok()) continue;
+      if (best == nullptr || c.row.median_us < best->row.median_us) best = &c;
+      if (c.variant == standard) keep = &c;
+    }
+    if (best == nullptr) return;
+    if (keep != nullptr) {
+      const double gain = keep->row.median_us - best->row.median_us;
+      const double noise =
+          std::max({kLeastGain * keep->row.median_us, keep->row.spread_us / 2, best->row.spread_us / 2});
+      if (gain <= noise) best = keep;
+    }
+    best->row.chosen = true;
+  }
+
+  Result<TuneReport> keep() {
+    TuneReport report{to_string(p_),
+                      bucket(s_),
+                      backend_->name(),
+                      backend_->driver(),
+                      backend_->compiler().value_or(""),
+                      0,
+                      {}};
+    report.floor_us = bandwidth_ > 0 ? compulsory_bytes(p_, s_) / bandwidth_ : 0;
+    std::vector<cache::TuningRow> rows;
+    for (const Contestant& c : all_) {
+      report.rows.push_back(c.row);
+      cache::TuningRow row;
+      row.problem = report.problem;
+      row.bucket = report.bucket;
+      row.device = report.device;
+      row.driver = report.driver;
+      row.compiler = report.compiler;
+      row.mode = kMode;
+      row.variant = c.row.variant;
+      row.status = c.row.status;
+      row.reason = c.row.reason;
+      row.median_us = c.row.median_us;
+      row.spread_us = c.row.spread_us;
+      row.error = c.row.error;
+      row.floor_us = report.floor_us;
+      row.registers = c.row.registers;
+      row.shared_bytes = c.row.shared_bytes;
+      row.chosen = c.row.chosen;
+      rows.push_back(std::move(row));
+    }
+    if (const auto ok = engine_->tuning.put(rows); !ok)
+      engine_->warn(fmt::format("tuning rows were not kept: {}", ok.error()));
+    return report;
+  }
+
+  std::shared_ptr<Engine::Impl> engine_;
+  std::shared_ptr<const Backend> backend_;
+  Problem p_;
+  Device device_;
+  Sizes s_;
+  double bandwidth_ = 0; ///< bytes a microsecond
+  std::vector<Contestant> all_;
+};
+
+} // namespace
+
+Result<TuneReport> Engine::tune(const Problem& problem, Device device, const Sizes& sizes,
+                                const std::function<void(int done, int total)>& progress) const {
+  if (const Status ok = validate(problem); !ok) return tl::unexpected(ok.error());
+  if (const Status ok = check_sizes(problem, sizes); !ok) return tl::unexpected(ok.error());
+  const auto backend = impl_->backend(device);
+  if (!backend) return tl::unexpected(backend.error());
+  return Tuning(impl_, *backend, problem, device, sizes).run(progress);
+}
+
+Result<std::vector<TuneReport>> Engine::reports() const {
+  std::vector<TuneReport> all;
+  for (const cache::TuningRow& row : impl_->tuning.rows()) {
+    if (all.empty() || all.back().problem != row.problem || all.back().bucket != row.bucket ||
+        all.back().device != row.device)
+      all.push_back({row.problem, row.bucket, row.device, row.driver, row.compiler, row.floor_us, {}});
+    all.back().rows.push_back({row.variant, row.status, row.reason, row.median_us, row.spread_us, row.error,
+                               row.registers, row.shared_bytes, row.chosen});
+  }
+  return all;
+}
+
+} // namespace kda
