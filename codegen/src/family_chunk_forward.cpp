@@ -42,11 +42,11 @@ int prepare_chunks(const Problem& p, const Variant& v) {
 int prepare_shared(const Problem& p, const Variant& v) {
   const int tiles = prepare_tiles(p, v), rows = tiles * kTileRows;
   const int key_tile = tile_bytes(rows, padded(p.key_dim));
-  const int fixed = key_tile + 3 * tiles * padded(p.key_dim) * 4 + 3 * rows * 4 +
-                    (prepare_chunks(p, v) * 24 + 15) / 16 * 16;
+  const int sums = tiles * padded(p.key_dim) * 4;
+  const int fixed = key_tile + sums + 3 * rows * 4 + (prepare_chunks(p, v) * 24 + 15) / 16 * 16;
   const int solve =
-      rows * (v.chunk + 8) * 4 + tile_bytes(rows, v.chunk) + tile_bytes(rows, padded(p.value_dim));
-  return fixed + std::max(3 * key_tile, solve);
+      rows * (v.chunk + 8) * 4 + 2 * tile_bytes(rows, v.chunk) + tile_bytes(rows, padded(p.value_dim));
+  return fixed + std::max(3 * key_tile + 2 * sums, solve);
 }
 
 /// chunk_forward/scan.cuh.

@@ -4,7 +4,7 @@
 //
 // Budget at K = V = 128, bf16, C = 64, 4 warps: reads 1,026 B and writes 1,112 B a token and head, 77 KB of
 // shared memory so that 3 CTAs share an SM and cover each other's barriers (8 + C/16 of them), about 55
-// instructions an element, 740 mma.sync of 16x8x16.
+// instructions an element, 1,060 mma.sync of 16x8x16.
 #include "chunk_forward/record.cuh"
 #include "stages/decay.cuh"
 #include "stages/pair.cuh"
@@ -32,9 +32,7 @@ struct PrepareShared {
   static constexpr int sums_bytes = kPrepareTiles * kPaddedK * 4;
   static constexpr int decayed_k = 0; ///< k 2^(G - G before the tile)
   static constexpr int total = decayed_k + key_tile;
-  static constexpr int head = total + sums_bytes;
-  static constexpr int tail = head + sums_bytes;
-  static constexpr int q_factor = tail + sums_bytes;
+  static constexpr int q_factor = total + sums_bytes;
   static constexpr int k_factor = q_factor + kPrepareRows * 4;
   static constexpr int beta = k_factor + kPrepareRows * 4;
   static constexpr int spans = beta + kPrepareRows * 4;
@@ -42,10 +40,13 @@ struct PrepareShared {
   static constexpr int row_q = shared_region;
   static constexpr int row_k = row_q + key_tile;
   static constexpr int column_k = row_k + key_tile;
-  static constexpr int pair_end = column_k + key_tile;
+  static constexpr int head = column_k + key_tile;
+  static constexpr int tail = head + sums_bytes;
+  static constexpr int pair_end = tail + sums_bytes;
   static constexpr int matrix = shared_region;
-  static constexpr int t_transposed = matrix + kPrepareRows * kSolveStride * 4;
-  static constexpr int v = t_transposed + TransposedT::bytes(kPrepareRows);
+  static constexpr int t_high = matrix + kPrepareRows * kSolveStride * 4;
+  static constexpr int t_low = t_high + TransposedT::bytes(kPrepareRows);
+  static constexpr int v = t_low + TransposedT::bytes(kPrepareRows);
   static constexpr int solve_end = v + Tile<kPaddedV>::bytes(kPrepareRows);
   static constexpr int bytes = pair_end > solve_end ? pair_end : solve_end;
 };
@@ -202,7 +203,7 @@ KDA_DEVICE void write_pairs(const KernelArgs& args, i64 first_chunk, const Chunk
 
 /// One warp: 16 channels of W = T k 2^G of a chunk. From the nearest tile backwards: k's decay counts from
 /// its own tile's start, so the sum over farther tiles is scaled as it moves on.
-KDA_DEVICE void write_w(const Operand* t_transposed, int first_row, int block, unsigned char* record) {
+KDA_DEVICE void write_w(const TransposedT& t_transposed, int first_row, int block, unsigned char* record) {
   const Operand* keys = shared_at<Operand>(PrepareShared::decayed_k) + first_row * Tile<kPaddedK>::stride;
   u32 k[kChunkTiles][4];
   float decay[kChunkTiles][4];
@@ -222,7 +223,6 @@ KDA_DEVICE void write_w(const Operand* t_transposed, int first_row, int block, u
 #pragma unroll
     for (int j = i; j >= 0; --j) {
       u32 t[4];
-      load_a_transposed<Config::chunk>(t, t_transposed, j * kTileRows, i * kTileRows);
       if (j < i) {
 #pragma unroll
         for (int n = 0; n < 2; ++n)
@@ -230,6 +230,9 @@ KDA_DEVICE void write_w(const Operand* t_transposed, int first_row, int block, u
           for (int e = 0; e < 4; ++e)
             w.d[n][e] *= decay[j][n * 2 + (e & 1)];
       }
+      load_a_transposed<Config::chunk>(t, t_transposed.high, j * kTileRows, i * kTileRows);
+      multiply_add(w, t, k[j]);
+      load_a_transposed<Config::chunk>(t, t_transposed.low, j * kTileRows, i * kTileRows);
       multiply_add(w, t, k[j]);
     }
     // As the B operand of S^T W^T: tokens are N. Rows 0..7 give its first two words.
@@ -239,7 +242,7 @@ KDA_DEVICE void write_w(const Operand* t_transposed, int first_row, int block, u
 }
 
 /// One warp: 16 columns of u = T v of a chunk, transposed.
-KDA_DEVICE void write_u(const Operand* t_transposed, int first_row, int block, unsigned char* record) {
+KDA_DEVICE void write_u(const TransposedT& t_transposed, int first_row, int block, unsigned char* record) {
   const Operand* values = shared_at<Operand>(PrepareShared::v) + first_row * Tile<kPaddedV>::stride;
   u32 v[kChunkTiles][4];
 #pragma unroll
@@ -255,7 +258,9 @@ KDA_DEVICE void write_u(const Operand* t_transposed, int first_row, int block, u
 #pragma unroll
     for (int j = 0; j <= i; ++j) {
       u32 t[4];
-      load_b_transposed<Config::chunk>(t, t_transposed, j * kTileRows, i * kTileRows);
+      load_b_transposed<Config::chunk>(t, t_transposed.high, j * kTileRows, i * kTileRows);
+      multiply_add(u, v[j], t);
+      load_b_transposed<Config::chunk>(t, t_transposed.low, j * kTileRows, i * kTileRows);
       multiply_add(u, v[j], t);
     }
     *fragment(record + Record::u, block * kChunkTiles + i) = pack_a(u);
@@ -300,7 +305,8 @@ KDA_DEVICE void prepare_chunks(const KernelArgs& args) {
                                                                        args.v, spans, head);
   commit_copies();
   sync_block();
-  Operand* t_transposed = shared_at<Operand>(PrepareShared::t_transposed);
+  const TransposedT t_transposed{shared_at<Operand>(PrepareShared::t_high),
+                                 shared_at<Operand>(PrepareShared::t_low)};
   solve_chunks<Config::prepare_warps, kPrepareChunks>(shared_at<float>(PrepareShared::matrix),
                                                       shared_at<float>(PrepareShared::beta), t_transposed);
   wait_copies<0>();
@@ -311,7 +317,7 @@ KDA_DEVICE void prepare_chunks(const KernelArgs& args) {
     const int c = task / blocks, block = task % blocks, first_row = c * Config::chunk;
     if (spans[c].rows == 0) break;
     unsigned char* record = record_of(args, first_chunk + c, head);
-    const Operand* t = t_transposed + first_row * TransposedT::stride;
+    const TransposedT t = t_transposed.chunk(first_row);
     if (block < kKeyBlocks)
       write_w(t, first_row, block, record);
     else

@@ -14,15 +14,30 @@ namespace kda {
 /// (zeros on and above its diagonal). After, X_ii in its tile and X_ij^T in tile (j, i). The stride keeps
 /// 8-byte accesses of 4 rows in different banks.
 constexpr int kSolveStride = Config::chunk + 8;
-/// T^T of one chunk: Tile<Config::chunk>, row j, column i holds X_ij beta_j; tiles i < j are never read.
-using TransposedT = Tile<Config::chunk>;
+/// T^T: Tiles<Config::chunk> of the chunks one after the other, row j, column i holds X_ij beta_j; tiles i <
+/// j are never read. `low` is what rounding to bf16 leaves in `high`, null where it is not wanted: rounding T
+/// alone costs as much accuracy as rounding u.
+struct TransposedT {
+  Operand *high, *low;
+  static constexpr int stride = Tile<Config::chunk>::stride;
+  static constexpr int bytes(int rows) { return Tile<Config::chunk>::bytes(rows); }
+  KDA_DEVICE TransposedT chunk(int row) const {
+    return {high + row * stride, low == nullptr ? nullptr : low + row * stride};
+  }
+};
 
 KDA_DEVICE int solve_place(int row_tile, int column_tile) {
   return (row_tile * kSolveStride + column_tile) * kTileRows;
 }
 
+/// Two numbers as a sum of two bf16 each: 16 bits of mantissa.
+KDA_DEVICE void split_pair(float x, float y, u32& high, u32& low) {
+  high = pack2<Operand>(x, y);
+  low = pack2<Operand>(x - low_half<Operand>(high), y - high_half<Operand>(high));
+}
+
 /// One warp inverts A_ii in place. `beta` is that of the chunk's row 0.
-KDA_DEVICE void invert_diagonal(float* matrix, int i, const float* beta, Operand* t_transposed) {
+KDA_DEVICE void invert_diagonal(float* matrix, int i, const float* beta, const TransposedT& t_transposed) {
   float* a = matrix + solve_place(i, i);
   const int column = lane_index() & 15;
   float x[kTileRows]; // of this lane's column; both halves of the warp do the same
@@ -40,26 +55,26 @@ KDA_DEVICE void invert_diagonal(float* matrix, int i, const float* beta, Operand
   sync_warp();
   if (lane_index() < kTileRows) {
     const float b = beta[i * kTileRows + column];
-    Word4 t[2];
+    const int place = (i * kTileRows + column) * TransposedT::stride + i * kTileRows;
 #pragma unroll
     for (int r = 0; r < kTileRows; ++r)
       a[r * kSolveStride + column] = x[r];
 #pragma unroll
-    for (int r = 0; r < kTileRows; r += 2)
-      t[r / 8].w[r / 2 % 4] = pack2<Operand>(x[r] * b, x[r + 1] * b);
-    Operand* row = t_transposed + (i * kTileRows + column) * TransposedT::stride + i * kTileRows;
-    *reinterpret_cast<Word4*>(row) = t[0];
-    *reinterpret_cast<Word4*>(row + 8) = t[1];
+    for (int r = 0; r < kTileRows; r += 8) {
+      Word4 high, low;
+#pragma unroll
+      for (int w = 0; w < 4; ++w)
+        split_pair(x[r + 2 * w] * b, x[r + 2 * w + 1] * b, high.w[w], low.w[w]);
+      *reinterpret_cast<Word4*>(t_transposed.high + place + r) = high;
+      if (t_transposed.low != nullptr) *reinterpret_cast<Word4*>(t_transposed.low + place + r) = low;
+    }
   }
 }
 
 /// A 16x16 operand as a sum of two bf16, in the order of A; as B its words are {0, 2, 1, 3}.
 struct SplitOperand {
   u32 high[4], low[4];
-  KDA_DEVICE void set(int word, float x, float y) {
-    high[word] = pack2<Operand>(x, y);
-    low[word] = pack2<Operand>(x - low_half<Operand>(high[word]), y - high_half<Operand>(high[word]));
-  }
+  KDA_DEVICE void set(int word, float x, float y) { split_pair(x, y, high[word], low[word]); }
 };
 /// Element (row, column) of the operand is x[row * kSolveStride + column].
 KDA_DEVICE SplitOperand load_split(const float* x) {
@@ -95,7 +110,7 @@ KDA_DEVICE void multiply_split(Accumulator& c, const SplitOperand& a, const Spli
 }
 
 /// One warp makes X_ij, i > j. Needs all nearer tiles of row i and column j, so a barrier between distances.
-KDA_DEVICE void merge_tiles(float* matrix, int i, int j, const float* beta, Operand* t_transposed) {
+KDA_DEVICE void merge_tiles(float* matrix, int i, int j, const float* beta, const TransposedT& t_transposed) {
   Accumulator y; // (sum A_im X_mj)^T
   multiply_split(y, load_split_transposed(matrix + solve_place(j, j)),
                  load_split(matrix + solve_place(i, j)));
@@ -116,8 +131,11 @@ KDA_DEVICE void merge_tiles(float* matrix, int i, int j, const float* beta, Oper
     float* p = matrix + solve_place(j, i) + r * kSolveStride + c;
     *reinterpret_cast<Word2*>(p) = Word2{{float_bits(x0), float_bits(x1)}};
     const float b = beta[j * kTileRows + r];
-    Operand* t = t_transposed + (j * kTileRows + r) * TransposedT::stride + i * kTileRows + c;
-    *reinterpret_cast<u32*>(t) = pack2<Operand>(x0 * b, x1 * b);
+    const int place = (j * kTileRows + r) * TransposedT::stride + i * kTileRows + c;
+    u32 high, low;
+    split_pair(x0 * b, x1 * b, high, low);
+    *reinterpret_cast<u32*>(t_transposed.high + place) = high;
+    if (t_transposed.low != nullptr) *reinterpret_cast<u32*>(t_transposed.low + place) = low;
   }
 }
 
@@ -134,15 +152,15 @@ KDA_DEVICE void store_solve_tile(float* matrix, int i, int j, const Accumulator&
   }
 }
 
-/// All warps of the CTA: X and T^T of its chunks, `matrix` and `t_transposed` one after the other. A barrier
+/// All warps of the CTA: X and T^T of its chunks, the matrices one after the other. A barrier
 /// must stand before; the last thing it does is a barrier.
 template <int warps, int chunks>
-KDA_DEVICE void solve_chunks(float* matrix, const float* beta, Operand* t_transposed) {
+KDA_DEVICE void solve_chunks(float* matrix, const float* beta, const TransposedT& t_transposed) {
   constexpr int C = Config::chunk;
   for (int t = warp_index(); t < chunks * kChunkTiles; t += warps) {
     const int chunk = t / kChunkTiles;
     invert_diagonal(matrix + chunk * C * kSolveStride, t % kChunkTiles, beta + chunk * C,
-                    t_transposed + chunk * C * TransposedT::stride);
+                    t_transposed.chunk(chunk * C));
   }
   sync_block();
 #pragma unroll 1
@@ -151,7 +169,7 @@ KDA_DEVICE void solve_chunks(float* matrix, const float* beta, Operand* t_transp
     for (int t = warp_index(); t < chunks * count; t += warps) {
       const int chunk = t / count, j = t % count;
       merge_tiles(matrix + chunk * C * kSolveStride, j + distance, j, beta + chunk * C,
-                  t_transposed + chunk * C * TransposedT::stride);
+                  t_transposed.chunk(chunk * C));
     }
     sync_block();
   }
