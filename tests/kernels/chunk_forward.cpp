@@ -1,0 +1,215 @@
+// chunk_forward.cu on the emulator against the float64 recurrence.
+#include "emulator.h"
+#include "kda/case_io.h"
+#include "pairwise.h"
+#include "run_case.h"
+#include <array>
+#include <catch2/catch.hpp>
+#include <random>
+#include <set>
+
+using namespace kda;
+
+namespace {
+
+Variant variant(const std::string& text) {
+  return parse_variant(text).value();
+}
+
+std::string rejection(const Problem& p, const Variant& v, const char* arch = "sm_90a") {
+  for (const Candidate& c : enumerate(p, cuda_target(arch).value()))
+    if (c.variant == v) return c.rejected;
+  return "not enumerated";
+}
+
+test::RunReport run(const test::TestCase& c, const Variant& v, test::RunOptions options = {},
+                    const emulator::Options& order = {}) {
+  const auto backend = emulator::make_backend(order);
+  REQUIRE(backend);
+  const auto report = test::run_case(**backend, c, v, options);
+  if (!report) FAIL(report.error().message << "\n" << report.error().context);
+  return *report;
+}
+
+void check_report(const test::RunReport& report, const Problem& p, const Variant& v) {
+  for (const test::TensorReport& t : report.tensors) {
+    CAPTURE(to_string(p), to_string(v), t.name, t.place);
+    CHECK(t.not_finite == 0);
+    CHECK(t.error <= test::tolerance(p, v, t.name));
+  }
+}
+
+test::CaseOptions forward_case(int key_dim, int value_dim, std::int64_t tokens) {
+  test::CaseOptions o;
+  o.problem.key_dim = key_dim;
+  o.problem.value_dim = value_dim;
+  o.problem.qk_l2norm = true;
+  o.tokens = tokens;
+  return o;
+}
+
+// One array an option; pairwise rows index them.
+constexpr std::array<std::array<int, 2>, 4> kDims{{{64, 64}, {60, 100}, {48, 32}, {96, 60}}};
+constexpr std::array kTypes{DType::bf16, DType::fp16};
+constexpr std::array kAllTypes{DType::fp32, DType::bf16, DType::fp16};
+constexpr std::array kGates{GateKind::log_e, GateKind::log2, GateKind::softplus, GateKind::bounded,
+                            GateKind::bounded_no_a};
+constexpr std::array kRegimes{test::Regime::fast, test::Regime::slow, test::Regime::unbounded,
+                              test::Regime::spikes};
+constexpr std::array<std::array<int, 2>, 3> kHeads{{{1, 1}, {1, 3}, {2, 4}}};
+constexpr std::array kVariants{"chunk c=64 vt=64 pw=4 sw=4 st=2", "chunk c=32 vt=32 pw=8 sw=4 st=3",
+                               "chunk c=16 vt=16 pw=4 sw=8 st=4", "chunk c=64 vt=32 pw=8 sw=4 st=2"};
+enum Shape { fixed, packed_int32, packed_int64, shapes };
+
+void set_shape(test::CaseOptions& o, Shape shape) {
+  o.batch = 2;
+  o.tokens = 83; // neither a whole number of tiles nor of chunks
+  if (shape == fixed) return;
+  o.batch = 1;
+  o.problem.varlen = true;
+  o.problem.cu_seqlens_type = shape == packed_int32 ? IndexType::int32 : IndexType::int64;
+  o.lengths = {0, 64, 1, 0, 0, 71, 17};
+  o.padding = shape == packed_int32 ? 7 : 0;
+}
+
+} // namespace
+
+TEST_CASE("chunk forward: every two options together") {
+  const std::vector<int> sizes{4, 2, 3, 3, 3, 2, 5, 2, 3, 2, 3, shapes, 2, 2, 2, 4, 4};
+  std::uint64_t index = 0;
+  for (const std::vector<int>& row : test::pairwise(sizes)) {
+    const auto at = [&](std::size_t i) { return static_cast<std::size_t>(row[i]); };
+    test::CaseOptions o = forward_case(kDims[at(0)][0], kDims[at(0)][1], 0);
+    Problem& p = o.problem;
+    p.dtype = kTypes[at(1)];
+    p.gate_dtype = kAllTypes[at(2)];
+    p.beta_dtype = kAllTypes[at(3)];
+    p.state_dtype = kAllTypes[at(4)];
+    p.state_layout = row[5] == 0 ? StateLayout::k_v : StateLayout::v_k;
+    p.gate = kGates[at(6)];
+    const bool precomputed = p.gate == GateKind::log_e || p.gate == GateKind::log2;
+    p.dt_bias = row[7] == 1 && !precomputed;
+    p.beta_sigmoid = row[8] > 0;
+    p.beta_times_two = row[8] > 1;
+    p.qk_l2norm = row[9] == 1;
+    p.heads = kHeads[at(10)][0];
+    p.value_heads = kHeads[at(10)][1];
+    set_shape(o, static_cast<Shape>(row[11]));
+    o.initial_state = row[12] == 1;
+    o.regime = precomputed || row[15] < 3 ? kRegimes[at(15)] : test::Regime::fast;
+    o.seed = index + 1;
+    const Variant v = variant(kVariants[at(16)]);
+    emulator::Options order;
+    order.seed = index++ % 4;
+    check_report(run(test::random_case(o), v, {row[13] == 1, row[14] == 1}, order), p, v);
+  }
+}
+
+TEST_CASE("chunk forward: golden cases") {
+  std::set<std::filesystem::path> files;
+  std::error_code missing;
+  for (const auto& entry : std::filesystem::directory_iterator(KDA_JIT_GOLDEN_DIR, missing))
+    if (entry.path().extension() == ".safetensors") files.insert(entry.path());
+  if (files.empty()) {
+    WARN("SKIPPED: no golden files in " KDA_JIT_GOLDEN_DIR "; set the CMake variable KDA_JIT_GOLDEN_DIR");
+    return;
+  }
+  for (const auto& path : files) {
+    const Case golden = read_case(path).value();
+    test::TestCase c;
+    c.inputs = reference_inputs(golden);
+    Problem& p = c.inputs.problem;
+    p.dtype = p.gate_dtype = p.beta_dtype = DType::bf16; // which hold the inputs exactly
+    c.expected = {{"o", values(golden, "o")}, {"final_state", values(golden, "final_state")}};
+    for (const char* text : {"chunk c=64 vt=64 pw=8 sw=4 st=2", "chunk c=32 vt=32 pw=8 sw=4 st=2"}) {
+      INFO(golden.name);
+      if (rejection(p, variant(text)).empty()) check_report(run(c, variant(text)), p, variant(text));
+    }
+  }
+}
+
+TEST_CASE("chunk forward: correlated keys, beta near 1, hardly any decay") {
+  // (I + diag(beta) L)^-1 is then far from I; an inverse in fp16 or tf32 is off by a third.
+  for (const double noise : {0.5, 0.0}) {
+    test::CaseOptions o = forward_case(64, 64, 130);
+    o.regime = test::Regime::slow;
+    test::TestCase c = test::random_case(o);
+    std::mt19937 random(3);
+    std::normal_distribution<double> normal;
+    std::vector<double> direction(64);
+    for (double& x : direction)
+      x = normal(random);
+    for (std::size_t i = 0; i < c.inputs.k.size(); ++i)
+      c.inputs.k[i] = direction[i % 64] + noise * normal(random);
+    std::fill(c.inputs.beta.begin(), c.inputs.beta.end(), 0.984375);
+    for (double& x : c.inputs.k)
+      x = std::round(x * 64) / 64; // exact in bf16 up to 4
+    const reference::Outputs expected = reference::recurrence(c.inputs);
+    c.expected = {{"o", expected.o}, {"final_state", expected.final_state}};
+    for (const test::TensorReport& t : run(c, variant("chunk c=64 vt=64 pw=4 sw=4 st=2")).tensors) {
+      CAPTURE(noise, t.name, t.place);
+      CHECK(t.not_finite == 0);
+      CHECK(t.error <= 2e-2);
+    }
+  }
+}
+
+TEST_CASE("chunk forward: lengths around tiles and chunks, in any order of threads") {
+  test::CaseOptions o = forward_case(32, 32, 0);
+  o.problem.varlen = true;
+  o.lengths = {15, 16, 17, 0, 31, 32, 33, 1, 63, 64, 65, 0, 129};
+  o.problem.gate = GateKind::log_e;
+  const test::TestCase c = test::random_case(o);
+  const Variant v = variant("chunk c=32 vt=32 pw=4 sw=4 st=2");
+  for (const std::uint64_t seed : {0, 1, 2, 3, 4, 5})
+    for (const auto copies : {emulator::Copies::late, emulator::Copies::early}) {
+      emulator::Options order;
+      order.seed = seed;
+      order.copies = copies;
+      check_report(run(c, v, {}, order), c.inputs.problem, v);
+    }
+}
+
+TEST_CASE("chunk forward: more sequences than the schedule has threads") {
+  test::CaseOptions o = forward_case(16, 16, 0);
+  o.problem.varlen = true;
+  for (int i = 0; i < 600; ++i)
+    o.lengths.push_back(i % 5 == 3 ? 0 : i % 7 == 1 ? 18 : 2);
+  const test::TestCase c = test::random_case(o);
+  const Variant v = variant("chunk c=16 vt=16 pw=4 sw=4 st=2");
+  check_report(run(c, v), c.inputs.problem, v);
+}
+
+TEST_CASE("chunk forward: no tokens leaves the initial state") {
+  const test::TestCase c = test::random_case(forward_case(32, 32, 0));
+  const Variant v = variant("chunk c=64 vt=32 pw=4 sw=4 st=2");
+  const test::RunReport report = run(c, v);
+  CHECK(report.launches == 1);
+  for (const test::TensorReport& t : report.tensors)
+    CHECK(t.error == 0);
+}
+
+TEST_CASE("chunk forward: what does not fit is rejected with a reason") {
+  Problem p;
+  CHECK(rejection(p, variant("chunk c=64 vt=64 pw=4 sw=4 st=2")).empty());
+  CHECK_THAT(rejection(p, variant("chunk c=64 vt=128 pw=4 sw=4 st=2")), Catch::Contains("need 8 warps"));
+  CHECK_THAT(rejection(p, variant("chunk c=64 vt=64 pw=4 sw=4 st=4")), Catch::Contains("shared memory"));
+  p.value_dim = 36;
+  CHECK_THAT(rejection(p, variant("chunk c=64 vt=64 pw=4 sw=4 st=2")), Catch::Contains("wider than V=36"));
+  p.key_dim = 256;
+  CHECK_THAT(rejection(p, variant("chunk c=64 vt=32 pw=8 sw=4 st=2")), Catch::Contains("registers"));
+  CHECK_THAT(rejection(p, variant("chunk c=64 vt=32 pw=4 sw=4 st=2")), Catch::Contains("do not cover K=256"));
+  p.dtype = DType::fp32;
+  CHECK_THAT(rejection(p, variant("chunk c=16 vt=16 pw=4 sw=4 st=2")), Catch::Contains("16 bits"));
+}
+
+TEST_CASE("chunk forward: every architecture has a variant for K = V = 128") {
+  const Problem p;
+  for (const char* arch : {"sm_80", "sm_86", "sm_90a", "sm_100a", "sm_120a"}) {
+    int fitting = 0;
+    for (const Candidate& c : enumerate(p, cuda_target(arch).value()))
+      fitting += c.variant.algorithm == Algorithm::chunk && c.rejected.empty();
+    CAPTURE(arch);
+    CHECK(fitting >= 8);
+  }
+}
