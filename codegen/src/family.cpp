@@ -33,7 +33,8 @@ std::vector<Candidate> enumerate(const Problem& p, const Target& t) {
 }
 
 double estimate_us(const Problem& p, const Variant& v, const Target& t, const Sizes& s) {
-  return t.kind == Target::Kind::host ? 0 : family_of(p.operation, v.algorithm).estimate_us(p, v, t, s);
+  if (t.kind == Target::Kind::host) return estimate_host_us(p, v, t, s);
+  return family_of(p.operation, v.algorithm).estimate_us(p, v, t, s);
 }
 
 Result<Variant> choose(const Problem& p, const Target& t, const Sizes& s) {
@@ -60,6 +61,7 @@ Result<Variant> choose(const Problem& p, const Target& t, const Sizes& s) {
 }
 
 LaunchList launches(const Problem& p, const Variant& v, const Target& t, const Sizes& s) {
+  if (t.kind == Target::Kind::host) return launches_host(p, v, s);
   return family_of(p.operation, v.algorithm).launches(p, v, t, s);
 }
 

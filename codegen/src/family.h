@@ -22,8 +22,11 @@ extern const Family kGateFamily;          ///< gate.cu: gate and gate_backward
 
 [[nodiscard]] const Family& family_of(Operation, Algorithm);
 
-/// Host side of enumerate and emit (LLVM IR text); `emit_host` answers `unavailable` in a build without LLVM.
+// The host's side of the functions of source_unit.h and variant.h. IR is text, so none of it needs LLVM; it
+// needs no workspace.
 void enumerate_host(const Problem&, const Target&, std::vector<Candidate>&);
+[[nodiscard]] LaunchList launches_host(const Problem&, const Variant&, const Sizes&);
+[[nodiscard]] double estimate_host_us(const Problem&, const Variant&, const Target&, const Sizes&);
 [[nodiscard]] Result<SourceUnit> emit_host(const Problem&, const Variant&, const Target&);
 
 /// An upper bound, known without reading cu_seqlens, of the chunks of all sequences: ceil(T/C) + N when

@@ -1,0 +1,332 @@
+// The recurrence token by token as LLVM IR. An item is a slice of V columns of one head of one sequence,
+// whose state lies in scratch as [K][columns]. Per token one pass over it: the update of the token before, S
+// <- S + k' u, then S <- d S, a = k.S and b = q.S; u = beta (v - a) and o = b + (q.k) u need no second pass.
+#include "cuda/kernel_args.cuh"
+#include "family.h"
+#include "math.h"
+#include <algorithm>
+#include <cstddef>
+#include <fmt/format.h>
+
+namespace kda {
+namespace {
+
+using host::f32;
+using host::i64;
+using host::Ir;
+using host::Value;
+using host::Values;
+
+class Recurrent {
+public:
+  Recurrent(const Problem& p, const Variant& v, const Target& t)
+      : p_(p), columns_(v.rows), slices_((p.value_dim + v.rows - 1) / v.rows), width_(t.vector_bytes / 4),
+        vector_(host::vector_of("float", width_)), ir_("kda_host_recurrent", t.vector_bytes) {}
+
+  std::string text() {
+    allocate();
+    ir_.loop(Value{"i64", "%begin"}, Value{"i64", "%end"}, 1, [&](const Value& item) { run_item(item); });
+    return ir_.finish();
+  }
+
+private:
+  // --- arguments -------------------------------------------------------------------------------------------
+  Value field(const std::string& type, std::size_t offset) {
+    const Value at = ir_.at({"ptr", "%args"}, "i8", i64(static_cast<std::int64_t>(offset)));
+    return ir_.load(type, at, type == "ptr" || type == "i64" ? 8 : 4);
+  }
+  Value count(std::size_t offset) { return ir_.cast("sext", field("i32", offset), "i64"); }
+
+  /// A tensor's row 0 of this item's batch row and head, and the step to the next token, in bytes of
+  /// `element`.
+  struct Rows {
+    Value data, step;
+    const char* element;
+  };
+  Rows rows(std::size_t offset, DType type, const Value& head) {
+    const Value batch = ir_.mul(batch_, field("i64", offset + offsetof(TokenTensor, stride_batch)));
+    const Value at = ir_.mul(head, field("i64", offset + offsetof(TokenTensor, stride_head)));
+    const char* const element = host::element_type(type);
+    return {ir_.at(field("ptr", offset), element, ir_.add(batch, at)),
+            field("i64", offset + offsetof(TokenTensor, stride_token)), element};
+  }
+  Value row(const Rows& r, const Value& t) { return ir_.at(r.data, r.element, ir_.mul(t, r.step)); }
+
+  // --- scratch ---------------------------------------------------------------------------------------------
+  void allocate() {
+    const int keys = padded(p_.key_dim);
+    state_ = ir_.scratch(static_cast<std::int64_t>(p_.key_dim) * columns_);
+    for (Value* x : {&q_, &gate_, &bias_, &keys_[0], &keys_[1]})
+      *x = ir_.scratch(keys);
+    for (Value* x : {&v_, &u_, &o_})
+      *x = ir_.scratch(columns_);
+    // What lies behind K and V stays zero and adds nothing to a sum.
+    for (const Value& x : {q_, gate_, bias_, keys_[0], keys_[1]})
+      zero(x, keys);
+    zero(v_, columns_);
+  }
+  Value vector_at(const Value& base, const Value& i) {
+    return ir_.load(vector_, ir_.at(base, "float", i), 4 * width_);
+  }
+  void put(const Value& x, const Value& base, const Value& i) {
+    ir_.store(x, ir_.at(base, "float", i), 4 * width_);
+  }
+  void zero(const Value& base, std::int64_t floats) {
+    ir_.loop(i64(0), i64(floats), width_, [&](const Value& i) {
+      put(Ir::constant({vector_, ""}, 0), base, i);
+    });
+  }
+  Value state_row(const Value& k) { return ir_.at(state_, "float", ir_.mul(k, i64(columns_))); }
+
+  // --- an item ---------------------------------------------------------------------------------------------
+  void run_item(const Value& item) {
+    const Value slice = ir_.op("srem", item, i64(slices_));
+    const Value rest = ir_.div(item, i64(slices_));
+    head_ = ir_.op("srem", rest, i64(p_.value_heads));
+    sequence_ = ir_.div(rest, i64(p_.value_heads));
+    column_ = ir_.mul(slice, i64(columns_));
+    const Value left = ir_.sub(i64(p_.value_dim), column_);
+    valid_ = ir_.select(ir_.compare("icmp slt", left, i64(columns_)), left, i64(columns_));
+    if (!p_.varlen) {
+      batch_ = sequence_;
+      return run_sequence(i64(0), field("i64", offsetof(KernelArgs, tokens)));
+    }
+    // The sequence after the last one is the padding behind the packed tokens.
+    batch_ = i64(0);
+    const Value begin = boundary(sequence_);
+    const Value real = ir_.compare("icmp slt", sequence_, count(offsetof(KernelArgs, sequences)));
+    ir_.branch(
+        real, [&] { run_sequence(begin, boundary(ir_.add(sequence_, i64(1)))); },
+        [&] { fill_padding(begin, field("i64", offsetof(KernelArgs, tokens))); });
+  }
+
+  Value boundary(const Value& n) {
+    const bool narrow = p_.cu_seqlens_type == IndexType::int32;
+    const char* const type = narrow ? "i32" : "i64";
+    const Value x =
+        ir_.load(type, ir_.at(field("ptr", offsetof(KernelArgs, cu_seqlens)), type, n), narrow ? 4 : 8);
+    return narrow ? ir_.cast("sext", x, "i64") : x;
+  }
+
+  Value output_row(const Rows& o, const Value& t) { return ir_.at(row(o, t), o.element, column_); }
+
+  void fill_padding(const Value& begin, const Value& end) {
+    const Rows o = rows(offsetof(KernelArgs, o), p_.dtype, head_);
+    zero(o_, columns_);
+    ir_.loop(begin, end, 1,
+             [&](const Value& t) { host::store_row(ir_, p_.dtype, o_, output_row(o, t), valid_); });
+  }
+
+  void run_sequence(const Value& begin, const Value& end) {
+    load_state();
+    load_head();
+    zero(keys_[1], padded(p_.key_dim)); // before the first token: no update
+    zero(u_, columns_);
+    const Values last = ir_.loop(begin, end, 1, {keys_[0], keys_[1]}, [&](const Value& t, const Values& k) {
+      const Token token = prepare(t, k[0]);
+      for (int c = 0; c < columns_; c += 4 * width_)
+        step(token, k[0], k[1], c, std::min(4 * width_, columns_ - c) / width_);
+      host::store_row(ir_, p_.dtype, o_, output_row(o_rows_, t), valid_);
+      return Values{k[1], k[0]};
+    });
+    store_state(last[1]);
+  }
+
+  // --- states ----------------------------------------------------------------------------------------------
+  /// Calls `body` with this head's matrix when the tensor is present.
+  void with_state(std::size_t offset, const std::function<void(const Value& matrix)>& body) {
+    const Value data = field("ptr", offset);
+    ir_.branch(
+        ir_.compare("icmp ne", data, {"ptr", "null"}),
+        [&] {
+          const Value n = ir_.mul(sequence_, field("i64", offset + offsetof(StateTensor, stride_sequence)));
+          const Value h = ir_.mul(head_, field("i64", offset + offsetof(StateTensor, stride_head)));
+          body(ir_.at(data, host::element_type(p_.state_dtype), ir_.add(n, h)));
+        },
+        [] {});
+  }
+  /// Row k of a [K,V] matrix, from this slice's first column on.
+  Value matrix_row(const Value& matrix, const Value& k) {
+    return ir_.at(matrix, host::element_type(p_.state_dtype),
+                  ir_.add(ir_.mul(k, i64(p_.value_dim)), column_));
+  }
+  /// Calls `body` for each element of a [V,K] matrix, with its address there and in scratch.
+  void transpose(const Value& matrix,
+                 const std::function<void(const Value& there, const Value& here)>& body) {
+    ir_.loop(i64(0), valid_, 1, [&](const Value& c) {
+      const Value line =
+          ir_.at(matrix, host::element_type(p_.state_dtype), ir_.mul(ir_.add(column_, c), i64(p_.key_dim)));
+      ir_.loop(i64(0), i64(p_.key_dim), 1, [&](const Value& k) {
+        body(ir_.at(line, host::element_type(p_.state_dtype), k), ir_.at(state_row(k), "float", c));
+      });
+    });
+  }
+
+  void load_state() {
+    zero(state_, static_cast<std::int64_t>(p_.key_dim) * columns_);
+    with_state(offsetof(KernelArgs, initial_state), [&](const Value& matrix) {
+      if (p_.state_layout == StateLayout::v_k)
+        return transpose(matrix, [&](const Value& there, const Value& here) {
+          ir_.store(host::load_element(ir_, p_.state_dtype, there), here, 4);
+        });
+      ir_.loop(i64(0), i64(p_.key_dim), 1, [&](const Value& k) {
+        host::load_row(ir_, p_.state_dtype, matrix_row(matrix, k), state_row(k), valid_);
+      });
+    });
+  }
+
+  /// `k`: the keys of the last token, whose update is still due.
+  void store_state(const Value& k) {
+    with_state(offsetof(KernelArgs, final_state), [&](const Value& matrix) {
+      ir_.loop(i64(0), i64(p_.key_dim), 1, [&](const Value& d) {
+        const Value key = ir_.splat(ir_.load("float", ir_.at(k, "float", d), 4), width_);
+        ir_.loop(i64(0), i64(columns_), width_, [&](const Value& c) {
+          put(ir_.fma(key, vector_at(u_, c), vector_at(state_row(d), c)), state_row(d), c);
+        });
+        if (p_.state_layout == StateLayout::k_v)
+          host::store_row(ir_, p_.state_dtype, state_row(d), matrix_row(matrix, d), valid_);
+      });
+      if (p_.state_layout == StateLayout::v_k)
+        transpose(matrix, [&](const Value& there, const Value& here) {
+          ir_.store(host::narrow(ir_, p_.state_dtype, ir_.load("float", here, 4)), there,
+                    size_of(p_.state_dtype));
+        });
+    });
+  }
+
+  // --- a token ---------------------------------------------------------------------------------------------
+  void load_head() {
+    const Value key_head = ir_.div(head_, i64(p_.value_heads / p_.heads));
+    q_rows_ = rows(offsetof(KernelArgs, q), p_.dtype, key_head);
+    k_rows_ = rows(offsetof(KernelArgs, k), p_.dtype, key_head);
+    v_rows_ = rows(offsetof(KernelArgs, v), p_.dtype, head_);
+    o_rows_ = rows(offsetof(KernelArgs, o), p_.dtype, head_);
+    g_rows_ = rows(offsetof(KernelArgs, g), p_.gate_dtype, head_);
+    beta_rows_ = rows(offsetof(KernelArgs, beta), p_.beta_dtype, head_);
+    bound_ = field("float", offsetof(KernelArgs, lower_bound));
+    scale_ = field("float", offsetof(KernelArgs, scale));
+    a_ = f32(1);
+    if (reads_a_log(p_.gate)) {
+      const Value a_log = field("ptr", offsetof(KernelArgs, A_log));
+      a_ = host::exp(ir_, ir_.load("float", ir_.at(a_log, "float", head_), 4));
+    }
+    if (p_.dt_bias) {
+      const Value bias = field("ptr", offsetof(KernelArgs, dt_bias));
+      host::load_row(ir_, DType::fp32, ir_.at(bias, "float", ir_.mul(head_, i64(p_.key_dim))), bias_,
+                     i64(p_.key_dim));
+    }
+  }
+
+  struct Token {
+    Value beta, qk; ///< beta activated; q.k
+  };
+  /// Fills q_ (normalised and scaled), `k` (normalised), gate_ (the decay) and v_.
+  Token prepare(const Value& t, const Value& k) {
+    const Value keys = i64(p_.key_dim);
+    host::load_row(ir_, p_.dtype, row(q_rows_, t), q_, keys);
+    host::load_row(ir_, p_.dtype, row(k_rows_, t), k, keys);
+    host::load_row(ir_, p_.gate_dtype, row(g_rows_, t), gate_, keys);
+    host::load_row(ir_, p_.dtype, ir_.at(row(v_rows_, t), v_rows_.element, column_), v_, valid_);
+    const Value a = ir_.splat(a_, width_), bound = ir_.splat(bound_, width_);
+    const Value none = Ir::constant({vector_, ""}, 0);
+    const Values sums = ir_.loop(
+        i64(0), i64(padded(p_.key_dim)), width_, {none, none, none}, [&](const Value& i, const Values& s) {
+          const Value q = vector_at(q_, i), key = vector_at(k, i);
+          const Value bias = p_.dt_bias ? vector_at(bias_, i) : none;
+          const Value decay = host::gate_log2(ir_, p_, vector_at(gate_, i), bias, a, bound);
+          put(host::exp2(ir_, decay), gate_, i);
+          return Values{ir_.fma(q, q, s[0]), ir_.fma(key, key, s[1]), ir_.fma(q, key, s[2])};
+        });
+    Value q_factor = scale_, k_factor = f32(1);
+    if (p_.qk_l2norm) {
+      q_factor = ir_.mul(scale_, norm_factor(sums[0]));
+      k_factor = norm_factor(sums[1]);
+    }
+    const Value q_wide = ir_.splat(q_factor, width_), k_wide = ir_.splat(k_factor, width_);
+    ir_.loop(i64(0), i64(padded(p_.key_dim)), width_, [&](const Value& i) {
+      put(ir_.mul(vector_at(q_, i), q_wide), q_, i);
+      if (p_.qk_l2norm) put(ir_.mul(vector_at(k, i), k_wide), k, i);
+    });
+    const Value beta = host::load_element(ir_, p_.beta_dtype, row(beta_rows_, t));
+    return {host::beta_value(ir_, p_, beta), ir_.mul(ir_.mul(horizontal(sums[2]), q_factor), k_factor)};
+  }
+
+  Value horizontal(const Value& x) {
+    const Value zero = f32(-0.0F);
+    const std::string name = fmt::format("llvm.vector.reduce.fadd.v{}f32", width_);
+    // `reassoc` lets it add in a tree; the order is the same in every run.
+    return ir_.call("float", name, {zero, x}, "reassoc ");
+  }
+  Value norm_factor(const Value& squares) {
+    constexpr float kEpsilon = 1e-6F;
+    return ir_.div(f32(1), ir_.intrinsic("sqrt", {ir_.add(horizontal(squares), f32(kEpsilon))}));
+  }
+
+  /// `vectors` vectors of columns from `first` on: the update of the last token (`before`, u_), then this
+  /// one.
+  void step(const Token& token, const Value& k, const Value& before, int first, int vectors) {
+    const auto column = [&](int n) { return i64(first + n * width_); };
+    Values u;
+    for (int n = 0; n < vectors; ++n)
+      u.push_back(vector_at(u_, column(n)));
+    constexpr int kUnroll = 4; // K is a multiple of it
+    const auto many = static_cast<std::size_t>(vectors);
+    const Values sums =
+        ir_.loop(i64(0), i64(p_.key_dim), kUnroll, Values(2 * many, Ir::constant({vector_, ""}, 0)),
+                 [&](const Value& d, const Values& carried) {
+                   Values s = carried;
+                   for (int j = 0; j < kUnroll; ++j) {
+                     const Value at = ir_.add(d, i64(j));
+                     const auto element = [&](const Value& x) {
+                       return ir_.splat(ir_.load("float", ir_.at(x, "float", at), 4), width_);
+                     };
+                     const Value key = element(k), q = element(q_), decay = element(gate_),
+                                 last = element(before);
+                     const Value line = state_row(at);
+                     for (std::size_t n = 0; n < many; ++n) {
+                       const Value c = column(static_cast<int>(n));
+                       const Value x = ir_.mul(ir_.fma(last, u[n], vector_at(line, c)), decay);
+                       put(x, line, c);
+                       s[n] = ir_.fma(key, x, s[n]);
+                       s[many + n] = ir_.fma(q, x, s[many + n]);
+                     }
+                   }
+                   return s;
+                 });
+    const Value beta = ir_.splat(token.beta, width_), qk = ir_.splat(token.qk, width_);
+    for (std::size_t n = 0; n < many; ++n) {
+      const Value c = column(static_cast<int>(n));
+      const Value next = ir_.mul(beta, ir_.sub(vector_at(v_, c), sums[n]));
+      put(next, u_, c);
+      put(ir_.fma(qk, next, sums[many + n]), o_, c);
+    }
+  }
+
+  const Problem& p_;
+  int columns_, slices_, width_;
+  std::string vector_;
+  Ir ir_;
+  Value state_, q_, gate_, bias_, keys_[2], v_, u_, o_; // scratch
+  Value sequence_, batch_, head_, column_, valid_;      // of the item
+  Value a_, bound_, scale_;                             // of the head
+  Rows q_rows_, k_rows_, v_rows_, o_rows_, g_rows_, beta_rows_;
+};
+
+} // namespace
+
+Result<SourceUnit> emit_host(const Problem& p, const Variant& v, const Target& t) {
+  if (p.operation != Operation::forward && p.operation != Operation::recurrent)
+    return fail(ErrorCode::unavailable, "the host has kernels for forward and recurrent only");
+  if (v.algorithm != Algorithm::token || v.rows <= 0 || v.rows % 16 != 0)
+    return fail(
+        ErrorCode::invalid_argument,
+        fmt::format("the host cannot run the variant '{}'; one reads like 'token r=64'", to_string(v)));
+  SourceUnit unit;
+  unit.name = "host_recurrent.ll";
+  unit.main = Recurrent(p, v, t).text();
+  unit.options = {t.arch, t.features};
+  unit.entries = {"kda_host_recurrent"};
+  return unit;
+}
+
+} // namespace kda
