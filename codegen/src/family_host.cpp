@@ -6,6 +6,11 @@
 namespace kda {
 namespace {
 
+/// Whether there is a kernel; everything else runs as the float64 reference, one item, and has no tunables.
+bool has_kernel(const Problem& p) {
+  return p.operation == Operation::forward || p.operation == Operation::recurrent;
+}
+
 std::int64_t items(const Problem& p, const Variant& v, const Sizes& s) {
   const std::int64_t sequences = s.sequences + (p.varlen ? 1 : 0); // and the padding behind the last one
   return sequences * p.value_heads * ((p.value_dim + v.rows - 1) / v.rows);
@@ -15,7 +20,10 @@ std::int64_t items(const Problem& p, const Variant& v, const Sizes& s) {
 
 void enumerate_host(const Problem& p, const Target&, std::vector<Candidate>& all) {
   Variant v;
-  if (p.operation != Operation::forward && p.operation != Operation::recurrent) return;
+  if (!has_kernel(p)) {
+    all.push_back({v, {}});
+    return;
+  }
   // Slices of V: fewer columns give more threads something to do, and repeat the work on q, k and gate.
   v.rows = padded(p.value_dim);
   all.push_back({v, {}});
@@ -28,7 +36,7 @@ void enumerate_host(const Problem& p, const Target&, std::vector<Candidate>& all
 
 LaunchList launches_host(const Problem& p, const Variant& v, const Sizes& s) {
   LaunchList list;
-  const std::int64_t count = items(p, v, s);
+  const std::int64_t count = has_kernel(p) ? items(p, v, s) : 1;
   if (count > 0) list.add({0, {static_cast<unsigned>(count), 1, 1}, 0, 0});
   return list;
 }
@@ -38,6 +46,7 @@ double estimate_host_us(const Problem& p, const Variant& v, const Target& t, con
   constexpr double kChannelCycles = 3;  // of a token's q, k, gate and norm, whatever the slice
   constexpr double kVectorCycles = 3.5; // load, two updates, two sums, store
   constexpr double kElementCycles = 3;  // of the state, in and out
+  if (!has_kernel(p)) return 0;         // nothing to choose from
   const double vectors = static_cast<double>(v.rows) / std::max(t.vector_bytes / 4, 1);
   const double token = p.key_dim * (kChannelCycles + kVectorCycles * vectors);
   const double sequences = std::max(1.0, static_cast<double>(s.sequences));

@@ -1,6 +1,7 @@
 // The recurrence token by token as LLVM IR. An item is a slice of V columns of one head of one sequence,
 // whose state lies in scratch as [K][columns]. Per token one pass over it: the update of the token before, S
 // <- S + k' u, then S <- d S, a = k.S and b = q.S; u = beta (v - a) and o = b + (q.k) u need no second pass.
+#include "codegen/reference_unit.h"
 #include "cuda/kernel_args.cuh"
 #include "family.h"
 #include "math.h"
@@ -315,8 +316,7 @@ private:
 } // namespace
 
 Result<SourceUnit> emit_host(const Problem& p, const Variant& v, const Target& t) {
-  if (p.operation != Operation::forward && p.operation != Operation::recurrent)
-    return fail(ErrorCode::unavailable, "the host has kernels for forward and recurrent only");
+  if (p.operation != Operation::forward && p.operation != Operation::recurrent) return reference_unit(p);
   if (v.algorithm != Algorithm::token || v.rows <= 0 || v.rows % 16 != 0)
     return fail(
         ErrorCode::invalid_argument,

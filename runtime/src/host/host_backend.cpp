@@ -1,4 +1,6 @@
 #include "host_backend.h"
+#include "codegen/reference_unit.h"
+#include "host_reference.h"
 #include "llvm_jit.h"
 #include "thread_pool.h"
 #include <algorithm>
@@ -12,6 +14,9 @@ namespace {
 
 /// Tensors and the kernels' vectors: a cache line, and what the workspace contract asks for.
 constexpr std::align_val_t kAlignment{256};
+
+/// A unit without text has an image without code.
+constexpr const char* kReferenceImage = "float64 reference";
 
 class HostModule : public Module {
 public:
@@ -45,6 +50,13 @@ public:
   Result<std::string> compiler() const override { return host::compiler_version(); }
 
   Result<Image> compile(const SourceUnit& unit) const override {
+    if (reference_problem(unit)) {
+      Image image;
+      image.bytes = kReferenceImage;
+      image.log =
+          "the host has no kernel for this operation: it runs as the float64 reference, on one thread";
+      return image;
+    }
     auto bytes = host::compile_object(unit);
     if (!bytes) return tl::unexpected(bytes.error());
     Image image;
@@ -54,6 +66,11 @@ public:
     return image;
   }
   Result<std::shared_ptr<const Module>> load(const SourceUnit& unit, const Image& image) const override {
+    if (const auto problem = reference_problem(unit)) {
+      if (image.bytes != kReferenceImage)
+        return fail(ErrorCode::load_failed, "this is not the image of the float64 reference");
+      return make_reference_module(*problem);
+    }
     auto object = host::load_object(unit, image.bytes);
     if (!object) return tl::unexpected(object.error());
     return std::make_shared<HostModule>(std::move(*object), pool_);
