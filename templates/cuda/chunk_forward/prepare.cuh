@@ -40,9 +40,9 @@ struct PrepareShared {
   static constexpr int row_q = shared_region;
   static constexpr int row_k = row_q + key_tile;
   static constexpr int column_k = row_k + key_tile;
-  static constexpr int head = column_k + key_tile;
-  static constexpr int tail = head + sums_bytes;
-  static constexpr int pair_end = tail + sums_bytes;
+  static constexpr int start = column_k + key_tile;
+  static constexpr int anchor = start + sums_bytes;
+  static constexpr int pair_end = anchor + sums_bytes;
   static constexpr int matrix = shared_region;
   static constexpr int t_high = matrix + kPrepareRows * kSolveStride * 4;
   static constexpr int t_low = t_high + TransposedT::bytes(kPrepareRows);
@@ -57,16 +57,8 @@ KDA_DEVICE T* shared_at(int offset) {
   return reinterpret_cast<T*>(shared_memory() + offset);
 }
 KDA_DEVICE GateSums prepare_sums() {
-  return {shared_at<float>(PrepareShared::total), shared_at<float>(PrepareShared::head),
-          shared_at<float>(PrepareShared::tail)};
-}
-/// Sum of the gates of tiles [first, last) of the CTA, per channel of this thread.
-template <int width>
-KDA_DEVICE void sum_tiles(const float* total, int first, int last, int channel, float (&x)[width]) {
-  for (int t = first; t < last; ++t)
-#pragma unroll
-    for (int i = 0; i < width; ++i)
-      x[i] += total[t * kPaddedK + channel + i];
+  return {shared_at<float>(PrepareShared::total), shared_at<float>(PrepareShared::start),
+          shared_at<float>(PrepareShared::anchor)};
 }
 
 KDA_DEVICE void load_beta(const KernelArgs& args, const ChunkSpan* spans, int head) {
@@ -93,8 +85,7 @@ KDA_DEVICE void write_state_keys(const PrepareMap& map, unsigned char* record) {
   auto* out =
       reinterpret_cast<Operand*>(record + Record::k) + local_tile * kTileRows * kPaddedK + map.channel;
   float after[width] = {};
-  sum_tiles(shared_at<float>(PrepareShared::total), map.tile + 1, map.tile - local_tile + kChunkTiles,
-            map.channel, after);
+  sum_other_tiles<true>(prepare_sums(), map.tile, map.channel, after);
 #pragma unroll 4
   for (int r = kTileRows - 1; r >= 0; --r) {
     float k[width], g[width];
@@ -133,11 +124,13 @@ KDA_DEVICE void write_operands(const PrepareMap& map, unsigned char* record) {
     out = reinterpret_cast<Operand*>(record + Record::q) + local_tile * kTileRows * kPaddedK + map.channel;
 
   float start[width] = {}, sum[width] = {}, anchored[width];
-  sum_tiles(shared_at<float>(PrepareShared::total), map.tile - local_tile, map.tile, map.channel, start);
+  const GateSums sums = prepare_sums();
+  sum_other_tiles<false>(sums, map.tile, map.channel, start);
 #pragma unroll
   for (int i = 0; i < width; ++i) {
     start[i] = exp2_fast(start[i]);
-    anchored[i] = -shared_at<float>(PrepareShared::head)[map.tile * kPaddedK + map.channel + i];
+    const int at = map.tile * kPaddedK + map.channel + i;
+    anchored[i] = sums.start[at] - sums.anchor[at];
   }
 #pragma unroll 4
   for (int r = 0; r < kTileRows; ++r) {
@@ -279,8 +272,8 @@ KDA_DEVICE void prepare_chunks(const KernelArgs& args) {
   Operand* row_q = shared_at<Operand>(PrepareShared::row_q);
   Operand* row_k = shared_at<Operand>(PrepareShared::row_k);
   const i64 key_head = head / Config::group;
-  load_rows<Config::K, kPrepareRows, kPrepareThreads, Config::Element>(row_q, args.q, spans, key_head);
-  load_rows<Config::K, kPrepareRows, kPrepareThreads, Config::Element>(row_k, args.k, spans, key_head);
+  load_rows<Config::K, kPrepareChunks, kPrepareThreads, Config::Element>(row_q, args.q, spans, key_head);
+  load_rows<Config::K, kPrepareChunks, kPrepareThreads, Config::Element>(row_k, args.k, spans, key_head);
   commit_copies();
   load_beta(args, spans, head);
   const PrepareMap map;
@@ -290,6 +283,7 @@ KDA_DEVICE void prepare_chunks(const KernelArgs& args) {
                  prepare_sums());
   wait_copies<0>();
   sync_block();
+  accumulate_anchors<kPrepareThreads, kPrepareTiles>(prepare_sums());
   write_row_factors<kPrepareThreads, kPrepareRows>(row_q, row_k, args.scale,
                                                    shared_at<float>(PrepareShared::q_factor),
                                                    shared_at<float>(PrepareShared::k_factor));
@@ -301,8 +295,8 @@ KDA_DEVICE void prepare_chunks(const KernelArgs& args) {
   }
   sync_block();
   write_pairs(args, first_chunk, spans, head);
-  load_rows<Config::V, kPrepareRows, kPrepareThreads, Config::Element>(shared_at<Operand>(PrepareShared::v),
-                                                                       args.v, spans, head);
+  load_rows<Config::V, kPrepareChunks, kPrepareThreads, Config::Element>(shared_at<Operand>(PrepareShared::v),
+                                                                         args.v, spans, head);
   commit_copies();
   sync_block();
   const TransposedT t_transposed{shared_at<Operand>(PrepareShared::t_high),

@@ -8,27 +8,29 @@
 
 namespace kda {
 
-/// Starts copying `rows` rows of 16-bit elements (chunk r / Config::chunk of `chunks`, row r %
-/// Config::chunk) of one head into `tile`, a Tile<padded dim>, with all `threads` threads of the CTA. The
-/// caller commits.
-template <int dim, int rows, int threads, class T>
-KDA_DEVICE void load_rows(Operand* tile, const TokenTensor& x, const ChunkSpan* chunks, i64 head) {
+/// Starts copying the rows of `chunks` chunks of 16-bit elements of one head into `tile`, a Tile<padded dim>
+/// whose rows c * Config::chunk on are chunk c's, with all `threads` threads of the CTA. The caller commits.
+template <int dim, int chunks, int threads, class T>
+KDA_DEVICE void load_rows(Operand* tile, const TokenTensor& x, const ChunkSpan* spans, i64 head) {
   static_assert(sizeof(T) == 2);
   constexpr int padded = (dim + 15) / 16 * 16;
   constexpr int piece = dim % 8 == 0 ? 8 : 4; // elements: 16 or 8 bytes, what the rows are aligned to
   constexpr int pieces = padded / piece;
-  for (int i = thread_index(); i < rows * pieces; i += threads) {
-    const int row = i / pieces, column = i % pieces * piece;
-    const ChunkSpan& chunk = chunks[row / Config::chunk];
-    const int local = row % Config::chunk;
-    const bool valid = local < chunk.rows && column < dim;
-    const T* source = row_of<const T>(x, chunk.batch, chunk.first + (valid ? local : 0), head);
-    source += valid ? column : 0;
-    Operand* target = tile + row * Tile<padded>::stride + column;
-    if constexpr (piece == 8)
-      copy_async_16(target, source, valid);
-    else
-      copy_async_8(target, source, valid);
+#pragma unroll
+  for (int c = 0; c < chunks; ++c) {
+    const ChunkSpan span = spans[c];
+    const T* base = row_of<const T>(x, span.batch, span.first, head);
+#pragma unroll 4
+    for (int i = thread_index(); i < Config::chunk * pieces; i += threads) {
+      const int row = i / pieces, column = i % pieces * piece;
+      const bool valid = row < span.rows && column < dim;
+      const T* source = valid ? base + row * x.stride_token + column : base;
+      Operand* target = tile + (c * Config::chunk + row) * Tile<padded>::stride + column;
+      if constexpr (piece == 8)
+        copy_async_16(target, source, valid);
+      else
+        copy_async_8(target, source, valid);
+    }
   }
 }
 

@@ -77,65 +77,88 @@ KDA_DEVICE void unpark_gates(const Operand* high, const Operand* low, float (&g)
   }
 }
 
-/// Sums of the base-2 gates of a tile, per channel: [tiles][kPaddedK] each.
+/// Sums of base-2 gates per tile and channel, [tiles][kPaddedK] each. Clamped ones serve L and M only, are
+/// finite and count from the chunk's start.
 struct GateSums {
-  float* total; ///< of all 16 rows
-  float* head;  ///< clamped, rows 0..kAnchorRow
-  float* tail;  ///< clamped, rows kAnchorRow+1..15
+  float* total;  ///< of the tile's 16 rows
+  float* start;  ///< clamped, before the tile
+  float* anchor; ///< clamped, up to and with row kAnchorRow of the tile
 };
 
 /// Evaluates the gates of this thread's channels of its tile (which starts at row `first` of `chunk`), parks
-/// them and writes the tile's sums. Rows behind the chunk's end and padding channels do not decay. No
-/// barrier.
+/// them and writes the tile's sums: `total`, and for accumulate_anchors the clamped sum of all rows in
+/// `start` and of rows 0..kAnchorRow in `anchor`. Rows behind the chunk's end and padding channels do not
+/// decay. No barrier.
 template <class Map>
 KDA_DEVICE void evaluate_gates(const KernelArgs& args, const Map& map, const ChunkSpan& chunk, int first,
                                i64 head, Operand* high, Operand* low, const GateSums& sums) {
   constexpr int width = Map::width;
   constexpr int stride = Tile<kPaddedK>::stride;
   if (!map.active) return;
-  const bool real = map.channel < Config::K;
+  const int channel = min(map.channel, Config::K - width); // padding channels read others
+  const int rows = channel == map.channel ? chunk.rows - first : 0;
   float bias[width] = {}, a = 1.f;
-  if constexpr (Config::dt_bias)
-    if (real) load_elements<float, width>(args.dt_bias + head * Config::K + map.channel, bias);
+  if constexpr (Config::dt_bias) load_elements<float, width>(args.dt_bias + head * Config::K + channel, bias);
   if constexpr (Config::gate == GateKind::softplus || Config::gate == GateKind::bounded)
     a = exp_clamped(args.A_log[head]);
-  const int rows = real ? chunk.rows - first : 0;
-  const auto* g = row_of<const Config::Gate>(args.g, chunk.batch, chunk.first + first, head) + map.channel;
-  float total[width] = {}, sum[2][width] = {};
+  const auto* g = row_of<const Config::Gate>(args.g, chunk.batch, chunk.first, head) + channel;
+  float total[width] = {}, anchor[width] = {}, whole[width] = {};
   const int place = map.tile * kTileRows * stride + map.channel;
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     constexpr int kHalf = kTileRows / 2; // loads in flight
-    RawElements<Config::Gate, width> raw[kHalf];
+    float x[kHalf][width];
 #pragma unroll
-    for (int r = 0; r < kHalf; ++r)
-      if (half * kHalf + r < rows)
-        raw[r] = *reinterpret_cast<const RawElements<Config::Gate, width>*>(g + (half * kHalf + r) *
-                                                                                    args.g.stride_token);
+    for (int r = 0; r < kHalf; ++r) // rows behind the end read the last one again, or the first
+      load_elements(g + max(min(first + half * kHalf + r, chunk.rows - 1), 0) * args.g.stride_token, x[r]);
 #pragma unroll
     for (int r = 0; r < kHalf; ++r) {
       const int row = half * kHalf + r;
-      float x[width] = {};
-      if (row < rows) load_elements(reinterpret_cast<const Config::Gate*>(&raw[r]), x);
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        x[i] = row < rows ? gate_log2(x[i], bias[i], a, args.lower_bound) : 0.f;
-        total[i] += x[i];
-        const float clamped = max(x[i], kPairGateFloor);
-        // Row kAnchorRow is the first of the second half and belongs to the head.
-        sum[0][i] += half == 0 || r == 0 ? clamped : 0.f;
-        sum[1][i] += half == 0 || r == 0 ? 0.f : clamped;
+        const float gate = gate_log2(x[r][i], bias[i], a, args.lower_bound);
+        x[r][i] = row < rows ? gate : 0.f;
+        total[i] += x[r][i];
+        whole[i] += max(x[r][i], kPairGateFloor);
+        if (r == 0) anchor[i] = whole[i]; // of the second half: row kAnchorRow
       }
-      park_gates(high + place + row * stride, low + place + row * stride, x);
+      park_gates(high + place + row * stride, low + place + row * stride, x[r]);
     }
   }
 #pragma unroll
   for (int i = 0; i < width; ++i) {
     const int at = map.tile * kPaddedK + map.channel + i;
     sums.total[at] = total[i];
-    sums.head[at] = sum[0][i];
-    sums.tail[at] = sum[1][i];
+    sums.start[at] = whole[i];
+    sums.anchor[at] = anchor[i];
   }
+}
+
+/// From sums of each tile to sums from the chunk's start. Needs a barrier before and after.
+template <int threads, int tiles>
+KDA_DEVICE void accumulate_anchors(const GateSums& sums) {
+  for (int i = thread_index(); i < tiles / kChunkTiles * kPaddedK; i += threads) {
+    float sum = 0.f;
+#pragma unroll
+    for (int t = 0; t < kChunkTiles; ++t) {
+      const int at = (i / kPaddedK * kChunkTiles + t) * kPaddedK + i % kPaddedK;
+      const float whole = sums.start[at];
+      sums.start[at] = sum;
+      sums.anchor[at] += sum;
+      sum += whole;
+    }
+  }
+}
+
+/// Sum of the (unclamped) gates of the tiles of `tile`'s chunk before it, or after it.
+template <bool after, int width>
+KDA_DEVICE void sum_other_tiles(const GateSums& sums, int tile, int channel, float (&x)[width]) {
+  const int local = tile % kChunkTiles;
+#pragma unroll
+  for (int t = 0; t < kChunkTiles; ++t)
+#pragma unroll
+    for (int i = 0; i < width; ++i)
+      if (after ? t > local : t < local) x[i] += sums.total[(tile - local + t) * kPaddedK + channel + i];
 }
 
 /// Per row: scale / |q| and 1 / |k| (scale and 1 without the norm), from raw q and k in Tile<kPaddedK>.

@@ -42,14 +42,15 @@ struct AnchorDecay {
   float before[2], within[2];
 };
 KDA_DEVICE AnchorDecay anchor_decay(const GateSums& sums, int i, int j, int channel) {
+  float start[2], from[2], to[2];
+  load_elements(sums.start + i * kPaddedK + channel, start);
+  load_elements(sums.anchor + j * kPaddedK + channel, from);
+  load_elements(sums.anchor + i * kPaddedK + channel, to);
   AnchorDecay decay;
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    float before = sums.tail[j * kPaddedK + channel + e];
-    for (int t = j + 1; t < i; ++t)
-      before += sums.head[t * kPaddedK + channel + e] + sums.tail[t * kPaddedK + channel + e];
-    decay.before[e] = exp2_fast(before);
-    decay.within[e] = exp2_fast(sums.head[i * kPaddedK + channel + e]);
+    decay.before[e] = exp2_fast(start[e] - from[e]);
+    decay.within[e] = exp2_fast(to[e] - start[e]);
   }
   return decay;
 }

@@ -66,10 +66,11 @@ KDA_DEVICE ChunkSpan find_chunk(const KernelArgs& args, const int* offsets, i64 
     const i64 first = cu[low] + (chunk - offsets[low]) * Config::chunk;
     return {0, first, static_cast<int>(min(i64(cu[low + 1]) - first, i64(Config::chunk)))};
   } else {
-    const i64 chunks = chunks_of(args.tokens);
-    if (chunk >= chunks * args.batch) return {0, 0, 0};
-    const i64 first = chunk % chunks * Config::chunk;
-    return {chunk / chunks, first, static_cast<int>(min(args.tokens - first, i64(Config::chunk)))};
+    // 32 bits: a 64-bit division is a call. A chunk number fits, as grids do.
+    const u32 chunks = static_cast<u32>(chunks_of(args.tokens)), number = static_cast<u32>(chunk);
+    if (number >= chunks * static_cast<u32>(args.batch)) return {0, 0, 0};
+    const i64 first = static_cast<i64>(number % chunks) * Config::chunk;
+    return {number / chunks, first, static_cast<int>(min(args.tokens - first, i64(Config::chunk)))};
   }
 }
 
