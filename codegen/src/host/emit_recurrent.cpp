@@ -4,9 +4,8 @@
 #include "codegen/reference_unit.h"
 #include "cuda/kernel_args.cuh"
 #include "family.h"
-#include "math.h"
+#include "kernel.h"
 #include <algorithm>
-#include <cstddef>
 #include <fmt/format.h>
 
 namespace kda {
@@ -18,11 +17,11 @@ using host::Ir;
 using host::Value;
 using host::Values;
 
-class Recurrent {
+class Recurrent : host::Kernel {
 public:
   Recurrent(const Problem& p, const Variant& v, const Target& t)
-      : p_(p), columns_(v.rows), slices_((p.value_dim + v.rows - 1) / v.rows), width_(t.vector_bytes / 4),
-        vector_(host::vector_of("float", width_)), ir_("kda_host_recurrent", t.vector_bytes) {}
+      : Kernel("kda_host_recurrent", p, t.vector_bytes), columns_(v.rows),
+        slices_((p.value_dim + v.rows - 1) / v.rows) {}
 
   std::string text() {
     allocate();
@@ -31,27 +30,9 @@ public:
   }
 
 private:
-  // --- arguments -------------------------------------------------------------------------------------------
-  Value field(const std::string& type, std::size_t offset) {
-    const Value at = ir_.at({"ptr", "%args"}, "i8", i64(static_cast<std::int64_t>(offset)));
-    return ir_.load(type, at, type == "ptr" || type == "i64" ? 8 : 4);
-  }
-  Value count(std::size_t offset) { return ir_.cast("sext", field("i32", offset), "i64"); }
-
-  /// A tensor's row 0 of this item's batch row and head, and the step to the next token, in bytes of
-  /// `element`.
-  struct Rows {
-    Value data, step;
-    const char* element;
-  };
   Rows rows(std::size_t offset, DType type, const Value& head) {
-    const Value batch = ir_.mul(batch_, field("i64", offset + offsetof(TokenTensor, stride_batch)));
-    const Value at = ir_.mul(head, field("i64", offset + offsetof(TokenTensor, stride_head)));
-    const char* const element = host::element_type(type);
-    return {ir_.at(field("ptr", offset), element, ir_.add(batch, at)),
-            field("i64", offset + offsetof(TokenTensor, stride_token)), element};
+    return Kernel::rows(offset, type, batch_, head);
   }
-  Value row(const Rows& r, const Value& t) { return ir_.at(r.data, r.element, ir_.mul(t, r.step)); }
 
   // --- scratch ---------------------------------------------------------------------------------------------
   void allocate() {
@@ -65,17 +46,6 @@ private:
     for (const Value& x : {q_, gate_, bias_, keys_[0], keys_[1]})
       zero(x, keys);
     zero(v_, columns_);
-  }
-  Value vector_at(const Value& base, const Value& i) {
-    return ir_.load(vector_, ir_.at(base, "float", i), 4 * width_);
-  }
-  void put(const Value& x, const Value& base, const Value& i) {
-    ir_.store(x, ir_.at(base, "float", i), 4 * width_);
-  }
-  void zero(const Value& base, std::int64_t floats) {
-    ir_.loop(i64(0), i64(floats), width_, [&](const Value& i) {
-      put(Ir::constant({vector_, ""}, 0), base, i);
-    });
   }
   Value state_row(const Value& k) { return ir_.at(state_, "float", ir_.mul(k, i64(columns_))); }
 
@@ -99,14 +69,6 @@ private:
     ir_.branch(
         real, [&] { run_sequence(begin, boundary(ir_.add(sequence_, i64(1)))); },
         [&] { fill_padding(begin, field("i64", offsetof(KernelArgs, tokens))); });
-  }
-
-  Value boundary(const Value& n) {
-    const bool narrow = p_.cu_seqlens_type == IndexType::int32;
-    const char* const type = narrow ? "i32" : "i64";
-    const Value x =
-        ir_.load(type, ir_.at(field("ptr", offsetof(KernelArgs, cu_seqlens)), type, n), narrow ? 4 : 8);
-    return narrow ? ir_.cast("sext", x, "i64") : x;
   }
 
   Value output_row(const Rows& o, const Value& t) { return ir_.at(row(o, t), o.element, column_); }
@@ -235,7 +197,7 @@ private:
     host::load_row(ir_, p_.gate_dtype, row(g_rows_, t), gate_, keys);
     host::load_row(ir_, p_.dtype, ir_.at(row(v_rows_, t), v_rows_.element, column_), v_, valid_);
     const Value a = ir_.splat(a_, width_), bound = ir_.splat(bound_, width_);
-    const Value none = Ir::constant({vector_, ""}, 0);
+    const Value none = zeros();
     const Values sums = ir_.loop(
         i64(0), i64(padded(p_.key_dim)), width_, {none, none, none}, [&](const Value& i, const Values& s) {
           const Value q = vector_at(q_, i), key = vector_at(k, i);
@@ -278,28 +240,28 @@ private:
       u.push_back(vector_at(u_, column(n)));
     constexpr int kUnroll = 4; // K is a multiple of it
     const auto many = static_cast<std::size_t>(vectors);
-    const Values sums =
-        ir_.loop(i64(0), i64(p_.key_dim), kUnroll, Values(2 * many, Ir::constant({vector_, ""}, 0)),
-                 [&](const Value& d, const Values& carried) {
-                   Values s = carried;
-                   for (int j = 0; j < kUnroll; ++j) {
-                     const Value at = ir_.add(d, i64(j));
-                     const auto element = [&](const Value& x) {
-                       return ir_.splat(ir_.load("float", ir_.at(x, "float", at), 4), width_);
-                     };
-                     const Value key = element(k), q = element(q_), decay = element(gate_),
-                                 last = element(before);
-                     const Value line = state_row(at);
-                     for (std::size_t n = 0; n < many; ++n) {
-                       const Value c = column(static_cast<int>(n));
-                       const Value x = ir_.mul(ir_.fma(last, u[n], vector_at(line, c)), decay);
-                       put(x, line, c);
-                       s[n] = ir_.fma(key, x, s[n]);
-                       s[many + n] = ir_.fma(q, x, s[many + n]);
-                     }
-                   }
-                   return s;
-                 });
+    const Values sums = ir_.loop(i64(0), i64(p_.key_dim), kUnroll, Values(2 * many, zeros()),
+                                 [&](const Value& d, const Values& carried) {
+                                   Values s = carried;
+                                   for (int j = 0; j < kUnroll; ++j) {
+                                     const Value at = ir_.add(d, i64(j));
+                                     const auto element = [&](const Value& x) {
+                                       return ir_.splat(ir_.load("float", ir_.at(x, "float", at), 4), width_);
+                                     };
+                                     const Value key = element(k), q = element(q_), decay = element(gate_),
+                                                 last = element(before);
+                                     const Value line = state_row(at);
+                                     for (std::size_t n = 0; n < many; ++n) {
+                                       const Value c = column(static_cast<int>(n));
+                                       const Value x =
+                                           ir_.mul(ir_.fma(last, u[n], vector_at(line, c)), decay);
+                                       put(x, line, c);
+                                       s[n] = ir_.fma(key, x, s[n]);
+                                       s[many + n] = ir_.fma(q, x, s[many + n]);
+                                     }
+                                   }
+                                   return s;
+                                 });
     const Value beta = ir_.splat(token.beta, width_), qk = ir_.splat(token.qk, width_);
     for (std::size_t n = 0; n < many; ++n) {
       const Value c = column(static_cast<int>(n));
@@ -309,10 +271,7 @@ private:
     }
   }
 
-  const Problem& p_;
-  int columns_, slices_, width_;
-  std::string vector_;
-  Ir ir_;
+  int columns_, slices_;
   Value state_, q_, gate_, bias_, keys_[2], v_, u_, o_; // scratch
   Value sequence_, batch_, head_, column_, valid_;      // of the item
   Value a_, bound_, scale_;                             // of the head
