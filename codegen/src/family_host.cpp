@@ -1,17 +1,26 @@
 // Sizes and launches of the host's kernels. A launch's grid counts items; the pool spreads them.
+#include "codegen/reference_unit.h"
 #include "family.h"
+#include "host/emit.h"
 #include <algorithm>
 #include <cmath>
+#include <fmt/format.h>
 
 namespace kda {
 namespace {
 
-/// Whether there is a kernel; everything else runs as the float64 reference, one item, and has no tunables.
-bool has_kernel(const Problem& p) {
+bool is_recurrence(const Problem& p) {
   return p.operation == Operation::forward || p.operation == Operation::recurrent;
 }
 
 std::int64_t items(const Problem& p, const Variant& v, const Sizes& s) {
+  switch (p.operation) {
+  case Operation::backward: return 1; // the float64 reference
+  case Operation::gate:
+    return s.batch * p.value_heads * ((s.tokens + host::kGateTokens - 1) / host::kGateTokens);
+  case Operation::gate_backward: return p.value_heads;
+  default: break;
+  }
   const std::int64_t sequences = s.sequences + (p.varlen ? 1 : 0); // and the padding behind the last one
   return sequences * p.value_heads * ((p.value_dim + v.rows - 1) / v.rows);
 }
@@ -20,7 +29,8 @@ std::int64_t items(const Problem& p, const Variant& v, const Sizes& s) {
 
 void enumerate_host(const Problem& p, const Target&, std::vector<Candidate>& all) {
   Variant v;
-  if (!has_kernel(p)) {
+  if (!is_recurrence(p)) { // no tunables
+    v.algorithm = p.operation == Operation::backward ? Algorithm::token : Algorithm::gate;
     all.push_back({v, {}});
     return;
   }
@@ -34,9 +44,19 @@ void enumerate_host(const Problem& p, const Target&, std::vector<Candidate>& all
     }
 }
 
+Result<SourceUnit> emit_host(const Problem& p, const Variant& v, const Target& t) {
+  if (p.operation == Operation::backward) return reference_unit(p);
+  if (!is_recurrence(p)) return host::emit_gate(p, t);
+  if (v.algorithm != Algorithm::token || v.rows <= 0 || v.rows % 16 != 0)
+    return fail(
+        ErrorCode::invalid_argument,
+        fmt::format("the host cannot run the variant '{}'; one reads like 'token r=64'", to_string(v)));
+  return host::emit_recurrent(p, v, t);
+}
+
 LaunchList launches_host(const Problem& p, const Variant& v, const Sizes& s) {
   LaunchList list;
-  const std::int64_t count = has_kernel(p) ? items(p, v, s) : 1;
+  const std::int64_t count = items(p, v, s);
   if (count > 0) list.add({0, {static_cast<unsigned>(count), 1, 1}, 0, 0});
   return list;
 }
@@ -47,7 +67,7 @@ double estimate_host_us(const Problem& p, const Variant& v, const Target& t, con
   constexpr double kChannelCycles = 2;  // of a token's q, k, gate and norm, whatever the slice
   constexpr double kVectorCycles = 1.9; // load, two updates, two sums, store
   constexpr double kElementCycles = 2;  // of the state, in and out
-  if (!has_kernel(p)) return 0;         // nothing to choose from
+  if (!is_recurrence(p)) return 0;      // nothing to choose from
   const double vectors = static_cast<double>(v.rows) / std::max(t.vector_bytes / 4, 1);
   const double token = p.key_dim * (kChannelCycles + kVectorCycles * vectors);
   const double sequences = std::max(1.0, static_cast<double>(s.sequences));

@@ -17,12 +17,7 @@ public:
 
   Status run() {
     if (Status ok = fill_sizes(); !ok) return ok;
-    fill_gate();
-    switch (p_.operation) {
-    case Operation::gate: gate(); break;
-    case Operation::gate_backward: gate_backward(); break;
-    default: backward(); break;
-    }
+    backward();
     return {};
   }
 
@@ -110,33 +105,21 @@ private:
       std::transform(values.begin(), values.end(), to, [](double x) { return static_cast<float>(x); });
   }
 
-  // --- operations ------------------------------------------------------------------------------------------
-  void fill_gate() {
+  // --- the operation
+  // -----------------------------------------------------------------------------------------
+  void read_inputs() {
+    in_.q = read(args_.q, p_.heads, p_.key_dim, p_.dtype);
+    in_.k = read(args_.k, p_.heads, p_.key_dim, p_.dtype);
+    in_.v = read(args_.v, p_.value_heads, p_.value_dim, p_.dtype);
     in_.g = read(args_.g, p_.value_heads, p_.key_dim, p_.gate_dtype);
+    in_.beta = read(args_.beta, p_.value_heads, 1, p_.beta_dtype);
+    in_.initial_state = read(args_.initial_state);
     if (reads_a_log(p_.gate)) in_.A_log.assign(args_.A_log, args_.A_log + p_.value_heads);
     if (p_.dt_bias) in_.dt_bias.assign(args_.dt_bias, args_.dt_bias + p_.value_heads * p_.key_dim);
   }
 
-  void gate() { write(args_.o, p_.value_heads, p_.key_dim, DType::fp32, reference::gate(in_)); }
-
-  void write_gate(const Array& d_g, const Array& d_A_log, const Array& d_dt_bias) const {
-    write(args_.d_g, p_.value_heads, p_.key_dim, p_.gate_dtype, d_g);
-    write(args_.d_A_log, d_A_log);
-    write(args_.d_dt_bias, d_dt_bias);
-  }
-
-  void gate_backward() {
-    const Array d_gate = read(args_.d_o, p_.value_heads, p_.key_dim, DType::fp32);
-    const reference::Gradients out = reference::gate_adjoint(in_, d_gate);
-    write_gate(out.d_g, out.d_A_log, out.d_dt_bias);
-  }
-
   void backward() {
-    in_.q = read(args_.q, p_.heads, p_.key_dim, p_.dtype);
-    in_.k = read(args_.k, p_.heads, p_.key_dim, p_.dtype);
-    in_.v = read(args_.v, p_.value_heads, p_.value_dim, p_.dtype);
-    in_.beta = read(args_.beta, p_.value_heads, 1, p_.beta_dtype);
-    in_.initial_state = read(args_.initial_state);
+    read_inputs();
     const reference::OutputGradients given{read(args_.d_o, p_.value_heads, p_.value_dim, p_.dtype),
                                            read(args_.d_final_state)};
     const reference::Gradients out = reference::adjoint(in_, given);
@@ -145,7 +128,9 @@ private:
     write(args_.d_v, p_.value_heads, p_.value_dim, p_.dtype, out.d_v);
     write(args_.d_beta, p_.value_heads, 1, p_.beta_dtype, out.d_beta);
     write(args_.d_initial_state, out.d_initial_state);
-    write_gate(out.d_g, out.d_A_log, out.d_dt_bias);
+    write(args_.d_g, p_.value_heads, p_.key_dim, p_.gate_dtype, out.d_g);
+    write(args_.d_A_log, out.d_A_log);
+    write(args_.d_dt_bias, out.d_dt_bias);
   }
 
   const Problem& p_;

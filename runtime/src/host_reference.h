@@ -4,7 +4,7 @@
 
 namespace kda {
 
-/// For backward, gate and gate_backward. A launch fails with out_of_memory or, for a malformed cu_seqlens,
+/// For operation backward. A launch fails with out_of_memory or, for a malformed cu_seqlens,
 /// with invalid_argument.
 [[nodiscard]] std::shared_ptr<const Module> make_reference_module(const Problem&);
 

@@ -5,6 +5,7 @@
 #include "run_case.h"
 #include <array>
 #include <catch2/catch.hpp>
+#include <cmath>
 
 using namespace kda;
 
@@ -16,56 +17,55 @@ const Backend& backend() {
 }
 
 constexpr std::array kTypes{DType::bf16, DType::fp16, DType::fp32};
-constexpr std::array kOperations{Operation::backward, Operation::gate, Operation::gate_backward};
 
-/// One rounding to the tensor's dtype is all that may differ.
+/// One rounding to the tensor's dtype is all that may differ: at most half a unit in the last place.
 double tolerance(const Problem& p, const std::string& tensor) {
-  const bool fp32 = tensor == "d_A_log" || tensor == "d_dt_bias" || tensor == "o";
+  const bool fp32 = tensor == "d_A_log" || tensor == "d_dt_bias";
   DType type = fp32 ? DType::fp32 : p.dtype;
   if (tensor == "d_g") type = p.gate_dtype;
   if (tensor == "d_beta") type = p.beta_dtype;
   if (tensor == "d_initial_state") type = p.state_dtype;
-  return type == DType::fp32 ? 1e-7 : type == DType::fp16 ? 4e-4 : 2.5e-3;
+  return std::ldexp(1.0, type == DType::fp32 ? -24 : type == DType::fp16 ? -11 : -8);
 }
 
 } // namespace
 
-TEST_CASE("host reference: every tensor of every operation finds its place") {
-  // operation, dtype, gate, beta, state dtype, layout, gate kind, heads, packed, strided, optional, initial
-  const std::vector<int> sizes{3, 3, 3, 3, 3, 2, 5, 2, 3, 2, 2, 2};
+TEST_CASE("host reference: every tensor finds its place") {
+  // dtype, gate, beta, state dtype, layout, gate kind, heads, packed, strided, optional, initial
+  const std::vector<int> sizes{3, 3, 3, 3, 2, 5, 2, 3, 2, 2, 2};
   std::uint64_t index = 0;
   for (const std::vector<int>& row : test::pairwise(sizes)) {
     const auto at = [&](std::size_t i) { return static_cast<std::size_t>(row[i]); };
     test::CaseOptions o;
     Problem& p = o.problem;
-    p.operation = kOperations[at(0)];
-    p.dtype = kTypes[at(1)];
-    p.gate_dtype = kTypes[at(2)];
-    p.beta_dtype = kTypes[at(3)];
-    p.state_dtype = kTypes[at(4)];
-    p.state_layout = row[5] == 0 ? StateLayout::k_v : StateLayout::v_k;
-    p.gate = static_cast<GateKind>(row[6]);
+    p.operation = Operation::backward;
+    p.dtype = kTypes[at(0)];
+    p.gate_dtype = kTypes[at(1)];
+    p.beta_dtype = kTypes[at(2)];
+    p.state_dtype = kTypes[at(3)];
+    p.state_layout = row[4] == 0 ? StateLayout::k_v : StateLayout::v_k;
+    p.gate = static_cast<GateKind>(row[5]);
     p.dt_bias = p.gate > GateKind::log2;
-    p.beta_sigmoid = p.qk_l2norm = row[6] % 2 == 0;
+    p.beta_sigmoid = p.qk_l2norm = row[5] % 2 == 0;
     p.key_dim = 20;
     p.value_dim = 36;
-    p.heads = 1 + row[7];
+    p.heads = 1 + row[6];
     p.value_heads = 2 * p.heads;
     o.batch = 2;
     o.tokens = 9;
-    if (row[8] != 0) {
+    if (row[7] != 0) {
       p.varlen = true;
-      p.cu_seqlens_type = row[8] == 1 ? IndexType::int32 : IndexType::int64;
+      p.cu_seqlens_type = row[7] == 1 ? IndexType::int32 : IndexType::int64;
       o.lengths = {4, 0, 7};
       o.padding = 3;
     }
-    o.initial_state = row[11] == 1;
+    o.initial_state = row[10] == 1;
     o.regime = test::Regime::slow;
     o.seed = ++index;
     CAPTURE(to_string(p), row);
     const test::TestCase c = test::random_case(o);
     const Variant v = choose(p, backend().target(), c.inputs.sizes).value();
-    const auto report = test::run_case(backend(), c, v, {row[9] == 1, row[10] == 1});
+    const auto report = test::run_case(backend(), c, v, {row[8] == 1, row[9] == 1});
     if (!report) FAIL(report.error().message);
     CHECK_FALSE(report->tensors.empty());
     for (const test::TensorReport& t : report->tensors) {
@@ -99,7 +99,7 @@ TEST_CASE("host reference: the image says what it is, and a unit keeps its probl
 
 TEST_CASE("host reference: a malformed cu_seqlens is refused before anything is read through it") {
   Problem p;
-  p.operation = Operation::gate;
+  p.operation = Operation::backward;
   p.varlen = true;
   p.gate = GateKind::log_e;
   const SourceUnit unit = emit(p, {}, backend().target()).value();

@@ -1,5 +1,5 @@
 #pragma once
-// What the host has no kernel for yet (backward, gate, gate_backward) runs as the float64 reference. Such a
+// What the host has no kernel for yet (backward) runs as the float64 reference. Such a
 // source unit has no text: its options hold the problem, and its one entry is named "float64 reference".
 #include "codegen/source_unit.h"
 #include <optional>

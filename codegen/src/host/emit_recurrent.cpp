@@ -1,9 +1,8 @@
 // The recurrence token by token as LLVM IR. An item is a slice of V columns of one head of one sequence,
 // whose state lies in scratch as [K][columns]. Per token one pass over it: the update of the token before, S
 // <- S + k' u, then S <- d S, a = k.S and b = q.S; u = beta (v - a) and o = b + (q.k) u need no second pass.
-#include "codegen/reference_unit.h"
 #include "cuda/kernel_args.cuh"
-#include "family.h"
+#include "emit.h"
 #include "kernel.h"
 #include <algorithm>
 #include <fmt/format.h>
@@ -13,7 +12,6 @@ namespace {
 
 using host::f32;
 using host::i64;
-using host::Ir;
 using host::Value;
 using host::Values;
 
@@ -280,12 +278,7 @@ private:
 
 } // namespace
 
-Result<SourceUnit> emit_host(const Problem& p, const Variant& v, const Target& t) {
-  if (p.operation != Operation::forward && p.operation != Operation::recurrent) return reference_unit(p);
-  if (v.algorithm != Algorithm::token || v.rows <= 0 || v.rows % 16 != 0)
-    return fail(
-        ErrorCode::invalid_argument,
-        fmt::format("the host cannot run the variant '{}'; one reads like 'token r=64'", to_string(v)));
+SourceUnit host::emit_recurrent(const Problem& p, const Variant& v, const Target& t) {
   SourceUnit unit;
   unit.name = "host_recurrent.ll";
   unit.main = Recurrent(p, v, t).text();

@@ -82,18 +82,54 @@ Value softplus(Ir& ir, const Value& x) {
   return ir.select(ir.compare("fcmp ogt", x, Ir::constant(x, 20)), x, y);
 }
 
-Value gate_log2(Ir& ir, const Problem& p, const Value& raw, const Value& bias, const Value& a,
-                const Value& bound) {
-  const Value log2e = Ir::constant(raw, kLog2E);
-  if (p.gate == GateKind::log_e) return ir.mul(raw, log2e);
-  if (p.gate == GateKind::log2) return raw;
+/// `unit`: of the logarithm, 1 for natural ones.
+static Value gate(Ir& ir, const Problem& p, const Value& raw, const Value& bias, const Value& a,
+                  const Value& bound, float unit) {
+  if (p.gate == GateKind::log_e) return ir.mul(raw, Ir::constant(raw, unit));
+  if (p.gate == GateKind::log2) return ir.mul(raw, Ir::constant(raw, unit == 1 ? kLn2 : 1));
   Value x = p.dt_bias ? ir.add(raw, bias) : raw;
   if (p.gate == GateKind::softplus) {
-    const Value factor = ir.mul(a, Ir::constant(raw, -kLog2E));
+    const Value factor = ir.mul(a, Ir::constant(raw, -unit));
     return ir.mul(factor, softplus(ir, x));
   }
   if (p.gate == GateKind::bounded) x = ir.mul(a, x);
-  return ir.mul(ir.mul(bound, log2e), sigmoid(ir, x));
+  return ir.mul(ir.mul(bound, Ir::constant(raw, unit)), sigmoid(ir, x));
+}
+
+Value gate_log2(Ir& ir, const Problem& p, const Value& raw, const Value& bias, const Value& a,
+                const Value& bound) {
+  return gate(ir, p, raw, bias, a, bound, kLog2E);
+}
+
+Value gate_natural(Ir& ir, const Problem& p, const Value& raw, const Value& bias, const Value& a,
+                   const Value& bound) {
+  return gate(ir, p, raw, bias, a, bound, 1);
+}
+
+/// sigmoid(x) (1 - sigmoid(x)) without the cancellation of 1 - sigmoid.
+static Value sigmoid_derivative(Ir& ir, const Value& x) {
+  const Value one = Ir::constant(x, 1);
+  const Value e = exp(ir, ir.sub(Ir::constant(x, 0), ir.intrinsic("fabs", {x})));
+  const Value s = ir.div(one, ir.add(one, e));
+  return ir.mul(ir.mul(e, s), s);
+}
+
+GateDerivative gate_derivative(Ir& ir, const Problem& p, const Value& raw, const Value& bias, const Value& a,
+                               const Value& bound) {
+  constexpr float kFloatMax = 3.402823466e38F;
+  if (p.gate == GateKind::log_e) return {Ir::constant(raw, 1), {}};
+  if (p.gate == GateKind::log2) return {Ir::constant(raw, kLn2), {}};
+  const Value x = p.dt_bias ? ir.add(raw, bias) : raw;
+  if (p.gate == GateKind::softplus) {
+    const Value minus_a = ir.sub(Ir::constant(a, 0), a);
+    return {ir.mul(minus_a, sigmoid(ir, x)),
+            ir.intrinsic("maxnum", {ir.mul(minus_a, softplus(ir, x)), Ir::constant(x, -kFloatMax)})};
+  }
+  if (p.gate == GateKind::bounded_no_a) return {ir.mul(bound, sigmoid_derivative(ir, x)), {}};
+  // d/dA_log of sigmoid(a x) is sigmoid' a x; sigmoid' vanishes long before a x is cut.
+  const Value ax = ir.mul(a, x);
+  const Value d = ir.mul(bound, sigmoid_derivative(ir, ax));
+  return {ir.mul(d, a), ir.mul(d, clamp(ir, ax, -87, 87))};
 }
 
 Value beta_value(Ir& ir, const Problem& p, const Value& raw) {

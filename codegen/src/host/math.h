@@ -16,6 +16,16 @@ Value softplus(Ir&, const Value& x);
 /// Base-2 logarithm of the decay. `bias` is dt_bias, `a` exp(A_log), both ignored by gates without them;
 /// `bound` is the lower bound.
 Value gate_log2(Ir&, const Problem&, const Value& raw, const Value& bias, const Value& a, const Value& bound);
+/// The same as a natural logarithm.
+Value gate_natural(Ir&, const Problem&, const Value& raw, const Value& bias, const Value& a,
+                   const Value& bound);
+/// Derivatives of the natural-log decay, both finite: with respect to raw (and dt_bias), and to A_log, which
+/// is empty where the gate does not read it.
+struct GateDerivative {
+  Value raw, a_log;
+};
+GateDerivative gate_derivative(Ir&, const Problem&, const Value& raw, const Value& bias, const Value& a,
+                               const Value& bound);
 /// beta as the recurrence uses it.
 Value beta_value(Ir&, const Problem&, const Value& raw);
 
