@@ -66,7 +66,7 @@ Result<std::vector<Job>> make_jobs(const Options& o) {
         }
       }
       for (const std::string& text : wanted)
-        if (seen.insert(arch + to_string(p) + text).second)
+        if (seen.insert(fmt::format("{} {} {}", arch, to_string(p), text)).second)
           jobs.push_back({p, parse_variant(text).value(), *target});
     }
   }
@@ -109,6 +109,7 @@ void compile_all(const Engine& engine, const std::vector<Job>& jobs, int threads
     }
   };
   std::vector<std::jthread> pool;
+  pool.reserve(static_cast<std::size_t>(threads));
   for (int i = 0; i < threads; ++i)
     pool.emplace_back(work);
 }

@@ -6,11 +6,11 @@ namespace kda {
 
 const Family& family_of(Operation operation, Algorithm algorithm) {
   switch (algorithm) {
-  case Algorithm::token: return kTokenFamily;
+  case Algorithm::token: return operation == Operation::backward ? kTokenBackwardFamily : kTokenFamily;
   case Algorithm::gate: return kGateFamily;
   case Algorithm::chunk: break;
   }
-  return operation == Operation::backward ? kChunkBackwardFamily : kChunkForwardFamily;
+  return kChunkForwardFamily;
 }
 
 std::vector<Candidate> enumerate(const Problem& p, const Target& t) {
@@ -27,7 +27,7 @@ std::vector<Candidate> enumerate(const Problem& p, const Target& t) {
     kChunkForwardFamily.enumerate(p, t, all);
     kTokenFamily.enumerate(p, t, all);
     break;
-  case Operation::backward: kChunkBackwardFamily.enumerate(p, t, all); break;
+  case Operation::backward: kTokenBackwardFamily.enumerate(p, t, all); break;
   }
   return all;
 }

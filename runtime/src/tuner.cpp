@@ -102,6 +102,7 @@ private:
     };
     const int threads = engine_->threads();
     std::vector<std::jthread> pool;
+    pool.reserve(static_cast<std::size_t>(threads));
     for (int i = 0; i < threads; ++i)
       pool.emplace_back(work);
   }
