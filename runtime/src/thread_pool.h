@@ -20,8 +20,9 @@ public:
   ThreadPool& operator=(const ThreadPool&) = delete;
   ~ThreadPool();
 
-  /// Calls `work` on disjoint parts of [0, items) and returns when all are done; `work` must not throw. The
-  /// caller takes part. From several threads: one has the workers, the others do their items themselves.
+  /// Calls `work` on disjoint parts of [0, items) and returns when all are done; `work` must neither throw
+  /// nor call `run`. The caller takes part. From several threads: one has the workers, the others do their
+  /// items themselves.
   void run(std::int64_t items, const Work& work);
 
 private:
