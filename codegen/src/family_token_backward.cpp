@@ -47,7 +47,7 @@ std::string reject(const Problem& p, const Target& t, const Variant& v) {
   if (v.rows < s.rows)
     return fmt::format("{} rows of V are fewer than the {} a warp works on at K={}", v.rows, s.rows,
                        p.key_dim);
-  constexpr int kMostStateRegisters = 64; // a thread's part of S, and as many of its gradient
+  constexpr int kMostStateRegisters = 32; // a thread's part of S, and as many of its gradient; 64 spill
   if (const int need = v.rows / s.rows * s.elements; need > kMostStateRegisters)
     return fmt::format("a lane would hold {} values of the state, {} fit", need, kMostStateRegisters);
   if (tile_rows(v) >= 2 * std::max(p.value_dim, s.rows * v.scan_warps))

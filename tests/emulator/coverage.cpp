@@ -148,3 +148,6 @@ TEST_CASE("every variant of gate runs") {
 TEST_CASE("every variant of gate_backward runs") {
   check(Operation::gate_backward);
 }
+TEST_CASE("every variant of backward runs") {
+  check(Operation::backward);
+}

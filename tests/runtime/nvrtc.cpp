@@ -1,0 +1,142 @@
+// Every CUDA variant through NVRTC, with no GPU: it compiles, does not spill, draws no C75xx advisory and
+// fits its target.
+#include "nvrtc.h"
+#include "codegen/source_unit.h"
+#include <atomic>
+#include <catch2/catch.hpp>
+#include <fmt/format.h>
+#include <mutex>
+#include <thread>
+
+using namespace kda;
+
+namespace {
+
+/// Null, said aloud, where there is no NVRTC.
+std::shared_ptr<const Nvrtc> open_nvrtc() {
+  const char* const path = std::getenv("KDA_JIT_NVRTC");
+  auto nvrtc = Nvrtc::open(path == nullptr ? std::nullopt : std::optional<std::filesystem::path>(path));
+  if (!nvrtc) WARN("SKIPPED, no NVRTC: " << nvrtc.error().message);
+  return nvrtc ? *nvrtc : nullptr;
+}
+
+Problem production(Operation operation) {
+  Problem p;
+  p.operation = operation;
+  p.heads = p.value_heads = 32;
+  p.gate = GateKind::bounded;
+  p.dt_bias = p.beta_sigmoid = p.qk_l2norm = true;
+  p.state_layout = StateLayout::v_k;
+  return p;
+}
+
+struct Job {
+  Problem problem;
+  Variant variant;
+  std::string arch;
+};
+
+std::string fault(const Nvrtc& nvrtc, const Job& job) {
+  const Target target = cuda_target(job.arch).value();
+  const auto unit = emit(job.problem, job.variant, target);
+  if (!unit) return unit.error().message;
+  const auto image = nvrtc.compile(*unit);
+  if (!image) return fmt::format("{}\n{}", image.error().message, image.error().context);
+  if (image->kernels.size() < unit->entries.size()) return "fewer kernels than entries";
+  if (const std::string advisory = ptxas_advisories(image->log); !advisory.empty()) return advisory;
+  for (const KernelFigures& k : image->kernels) {
+    if (k.spill_bytes > 0) return fmt::format("{} spills {} bytes", k.entry, k.spill_bytes);
+    if (k.registers > 255) return fmt::format("{} uses {} registers", k.entry, k.registers);
+  }
+  const LaunchList list = launches(job.problem, job.variant, target, Sizes{1, 8192, 1});
+  for (int i = 0; i < list.count; ++i) {
+    const Launch& l = list.items[static_cast<std::size_t>(i)];
+    if (static_cast<int>(l.shared_bytes) > target.max_shared_bytes)
+      return "asks for more shared memory than there is";
+    for (const KernelFigures& k : image->kernels)
+      if (k.entry == unit->entries[static_cast<std::size_t>(l.entry)] &&
+          k.registers * static_cast<int>(l.block) > target.registers_per_sm)
+        return fmt::format("{}: {} registers times {} threads do not fit", k.entry, k.registers, l.block);
+  }
+  return {};
+}
+
+void compile_all(const Nvrtc& nvrtc, const std::vector<Job>& jobs) {
+  std::atomic<std::size_t> next{0};
+  std::mutex mutex;
+  std::vector<std::string> faults;
+  {
+    std::vector<std::jthread> pool;
+    for (int i = 0; i < 2; ++i)
+      pool.emplace_back([&] {
+        for (std::size_t k = next++; k < jobs.size(); k = next++)
+          if (const std::string why = fault(nvrtc, jobs[k]); !why.empty()) {
+            const std::scoped_lock lock(mutex);
+            faults.push_back(fmt::format("{} {} on {}: {}", to_string(jobs[k].problem),
+                                         to_string(jobs[k].variant), jobs[k].arch, why));
+          }
+      });
+  }
+  for (const std::string& f : faults)
+    FAIL_CHECK(f);
+  fmt::print("{} compiled, {} faults\n", jobs.size(), faults.size());
+  CHECK(jobs.size() > 0);
+}
+
+} // namespace
+
+TEST_CASE("every variant of the production problem compiles for sm_90a without a spill") {
+  const auto nvrtc = open_nvrtc();
+  if (nvrtc == nullptr) return;
+  std::vector<Job> jobs;
+  for (const Operation operation : {Operation::forward, Operation::recurrent, Operation::backward,
+                                    Operation::gate, Operation::gate_backward})
+    for (const Candidate& c : enumerate(production(operation), cuda_target("sm_90a").value())) {
+      if (c.rejected.empty())
+        jobs.push_back({production(operation), c.variant, "sm_90a"});
+      else
+        CHECK(c.rejected.size() > 10); // a reason, not a mark
+    }
+  compile_all(*nvrtc, jobs);
+}
+
+TEST_CASE("one variant of each family compiles for every other architecture") {
+  const auto nvrtc = open_nvrtc();
+  if (nvrtc == nullptr) return;
+  std::vector<Job> jobs;
+  for (const char* arch : {"sm_80", "sm_89", "sm_100a", "sm_120a"})
+    for (const Operation operation : {Operation::forward, Operation::recurrent, Operation::backward,
+                                      Operation::gate, Operation::gate_backward}) {
+      const auto variant = choose(production(operation), cuda_target(arch).value(), Sizes{1, 8192, 1});
+      REQUIRE(variant);
+      jobs.push_back({production(operation), *variant, arch});
+    }
+  compile_all(*nvrtc, jobs);
+}
+
+TEST_CASE("a fault in a kernel's source comes back annotated") {
+  const auto nvrtc = open_nvrtc();
+  if (nvrtc == nullptr) return;
+  auto unit = emit(production(Operation::gate), Variant{Algorithm::gate, 0, 0, 0, 4, 8, 0},
+                   cuda_target("sm_90a").value())
+                  .value();
+  unit.main += "\nint broken = undeclared_name;\n";
+  const auto image = nvrtc->compile(unit);
+  REQUIRE_FALSE(image);
+  CHECK(image.error().code == ErrorCode::compile_failed);
+  CHECK_THAT(image.error().context, Catch::Matchers::Contains("| int broken = undeclared_name;"));
+  CHECK_THAT(image.error().context, Catch::Matchers::Contains("struct Config"));
+}
+
+TEST_CASE("ptxas figures are read from its log") {
+  const auto kernels =
+      parse_ptxas_log("ptxas info    : Compiling entry function 'k1' for 'sm_90a'\n"
+                      "    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n"
+                      "ptxas info    : Used 232 registers, used 2 barriers, 1040 bytes smem\n");
+  REQUIRE(kernels.size() == 1);
+  CHECK(kernels[0].entry == "k1");
+  CHECK(kernels[0].registers == 232);
+  CHECK(kernels[0].spill_bytes == 8);
+  CHECK(kernels[0].stack_bytes == 16);
+  CHECK(kernels[0].shared_bytes == 1040);
+}
