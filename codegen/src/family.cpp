@@ -66,6 +66,7 @@ LaunchList launches(const Problem& p, const Variant& v, const Target& t, const S
 }
 
 WorkspaceLayout workspace_layout(const Problem& p, const Variant& v, const Sizes& s) {
+  if (v.scan_warps == 0) return {}; // no warps: a variant of the host, which needs none
   return family_of(p.operation, v.algorithm).workspace(p, v, s);
 }
 

@@ -47,7 +47,7 @@ LaunchList launch_list(const Problem& p, const Variant& v, const Target&, const 
 
 WorkspaceLayout buffers(const Problem& p, const Variant& v, const Sizes& s) {
   WorkspaceLayout layout;
-  if (p.operation != Operation::gate_backward || v.rows == 0) return layout; // no tile: the host's variant
+  if (p.operation != Operation::gate_backward) return layout;
   const auto partials = static_cast<std::size_t>(tiles(v, s) * p.value_heads) * sizeof(float);
   layout.add(p.dt_bias ? partials * static_cast<std::size_t>(p.key_dim) : 0);
   layout.add(reads_a_log(p.gate) ? partials : 0);
