@@ -21,11 +21,12 @@ std::vector<Variant> accepted(const Problem& p) {
   return all;
 }
 
-/// What fp32 arithmetic and one rounding of the result leave.
+/// What fp32 arithmetic and one rounding of the result leave: half a unit in the last place is 2^-8 of a bf16
+/// value just above a power of two, and a case of one token has one beta.
 double tolerance(DType type) {
   switch (type) {
-  case DType::bf16: return 2.5e-3;
-  case DType::fp16: return 3e-4;
+  case DType::bf16: return 4e-3;
+  case DType::fp16: return 5e-4;
   case DType::fp32: break;
   }
   return 5e-6;
@@ -51,11 +52,13 @@ void check_case(const test::CaseOptions& options, const Variant& v, const test::
   REQUIRE(backend);
   const auto report = test::run_case(**backend, c, v, run);
   if (!report) FAIL(report.error().message << "\n" << report.error().context);
-  CHECK(report->tensors.size() >= 5);
+  if (options.tokens > 0 || !options.lengths.empty()) CHECK(report->tensors.size() >= 5);
   for (const test::TensorReport& t : report->tensors) {
     CAPTURE(t.name, t.place);
     CHECK(t.not_finite == 0);
-    CHECK(t.error <= tolerance(dtype_of(p, t.name)));
+    // Sums over every token and channel cancel: their rounding is relative to the terms, not to the sum.
+    const bool parameter = t.name == "d_A_log" || t.name == "d_dt_bias";
+    CHECK(t.error <= (parameter ? 1e-4 : tolerance(dtype_of(p, t.name))));
   }
 }
 
