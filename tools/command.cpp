@@ -3,6 +3,9 @@
 #include <cstdio>
 #include <fmt/format.h>
 #include <unistd.h>
+#ifdef KDA_JIT_EMULATOR
+#include "emulator.h"
+#endif
 
 namespace kda::tools {
 
@@ -15,6 +18,17 @@ int report_error(const Error& error) {
 Result<Engine> make_engine() {
   auto options = EngineOptions::from_environment();
   if (!options) return tl::unexpected(options.error());
+  return Engine::create(std::move(*options));
+}
+
+Result<Engine> make_engine_with_emulator() {
+  auto options = EngineOptions::from_environment();
+  if (!options) return tl::unexpected(options.error());
+#ifdef KDA_JIT_EMULATOR
+  auto backend = emulator::make_backend();
+  if (!backend) return tl::unexpected(backend.error());
+  options->emulator = std::move(*backend);
+#endif
   return Engine::create(std::move(*options));
 }
 

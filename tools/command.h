@@ -13,16 +13,21 @@ enum Exit : int { kOk = 0, kFailed = 1, kUsage = 2 };
 
 /// One function a sub-command, in the file of its name. It registers options and a callback that sets `exit`.
 void add_cache(CLI::App& app, int& exit);
+void add_check(CLI::App& app, int& exit);
 void add_doctor(CLI::App& app, int& exit);
 void add_env(CLI::App& app, int& exit);
 void add_precompile(CLI::App& app, int& exit);
 void add_report(CLI::App& app, int& exit);
+void add_run(CLI::App& app, int& exit);
+void add_sample(CLI::App& app, int& exit);
 void add_tune(CLI::App& app, int& exit);
 
 /// Prints "kda-jit: message" and the context to stderr; the exit code that belongs to it.
 int report_error(const Error& error);
 /// An engine with the options of the environment.
 [[nodiscard]] Result<Engine> make_engine();
+/// The same, with the emulator where this build has it.
+[[nodiscard]] Result<Engine> make_engine_with_emulator();
 
 /// Rows of text in aligned columns on stdout; the first row is the heading. Columns listed in `right` are
 /// right-aligned.

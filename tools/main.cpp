@@ -13,6 +13,9 @@ int main(int argc, char** argv) {
              "use or bad "
              "input.\nThe environment variables are listed by `kda-jit env`.");
   int exit = kOk;
+  add_sample(app, exit);
+  add_run(app, exit);
+  add_check(app, exit);
   add_precompile(app, exit);
   add_tune(app, exit);
   add_report(app, exit);

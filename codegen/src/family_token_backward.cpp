@@ -29,7 +29,8 @@ int value_tiles(const Problem& p, const Variant& v) {
 /// Floats of a tile of a state in the workspace.
 std::size_t dense(const Problem& p, const Variant& v) {
   const Spread s = spread_of(p);
-  return static_cast<std::size_t>(v.rows / s.rows * s.elements * v.scan_warps * 32);
+  return static_cast<std::size_t>(v.rows / s.rows) * static_cast<std::size_t>(s.elements * v.scan_warps) *
+         32U;
 }
 int sums(const Problem& p) {
   return 3 * p.key_dim + 4;
