@@ -13,8 +13,8 @@ class Environment {
 public:
   Environment(const Environment&) = delete;
   Environment& operator=(const Environment&) = delete;
-  explicit Environment(std::vector<std::pair<const char*, std::optional<fs::path>>> values) {
-    for (auto& [name, value] : values) {
+  explicit Environment(const std::vector<std::pair<const char*, std::optional<fs::path>>>& values) {
+    for (const auto& [name, value] : values) {
       const char* old = std::getenv(name);
       saved_.emplace_back(name, old ? std::optional<fs::path>(old) : std::nullopt);
       set(name, value);

@@ -13,7 +13,7 @@ namespace kda::cache::test {
 class Process {
 public:
   template <class Body>
-  explicit Process(Body&& body) : pid_(::fork()) {
+  explicit Process(const Body& body) : pid_(::fork()) {
     if (pid_ != 0) return;
     int code = 99;
     try {

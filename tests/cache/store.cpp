@@ -54,8 +54,9 @@ TEST_CASE("threads that want the same key share one make", "[store]") {
   const Scratch scratch;
   Store store({.directory = scratch.path()});
   std::atomic<int> made = 0;
-  std::vector<std::jthread> threads;
   std::atomic<int> right = 0;
+  std::vector<std::jthread> threads;
+  threads.reserve(16);
   for (int i = 0; i < 16; ++i)
     threads.emplace_back([&] {
       const auto entry = store.get_or_make(key_of("slow"), [&] {
@@ -92,6 +93,7 @@ TEST_CASE("a make that fails is run by each waiter and leaves nothing behind", "
   Store store({.directory = scratch.path()});
   std::atomic<int> made = 0, null = 0;
   std::vector<std::jthread> threads;
+  threads.reserve(4);
   for (int i = 0; i < 4; ++i)
     threads.emplace_back([&] {
       null += store.get_or_make(key_of("bad"), [&]() -> std::optional<Entry> {
