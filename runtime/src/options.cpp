@@ -2,6 +2,7 @@
 #include "kda/engine.h"
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstdlib>
 #include <fmt/format.h>
 
@@ -20,7 +21,7 @@ std::optional<std::string> variable(const char* name) {
 Result<double> number(const char* name, const std::string& text) {
   double value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < 0)
+  if (error != std::errc() || end != text.data() + text.size() || !(value >= 0) || std::isinf(value))
     return fail(ErrorCode::invalid_argument,
                 fmt::format("{} is '{}', expected a number that is not negative", name, text));
   return value;
@@ -87,6 +88,9 @@ Result<EngineOptions> EngineOptions::from_environment(bool strict) {
   if (const auto text = variable("KDA_JIT_THREADS")) {
     const auto threads = number("KDA_JIT_THREADS", *text);
     if (!threads) return tl::unexpected(threads.error());
+    if (*threads != std::floor(*threads))
+      return fail(ErrorCode::invalid_argument,
+                  fmt::format("KDA_JIT_THREADS is '{}', expected a whole number", *text));
     options.threads = static_cast<int>(std::min(*threads, 4096.0));
   }
   if (const auto text = variable("KDA_JIT_LOG")) {
