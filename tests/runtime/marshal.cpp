@@ -1,5 +1,6 @@
-// What a call is refused for, before anything is launched.
+// What a call must satisfy before anything is launched, and the sentence that each fault gets.
 #include "marshal.h"
+#include <array>
 #include <catch2/catch.hpp>
 #include <functional>
 
@@ -7,105 +8,261 @@ using namespace kda;
 
 namespace {
 
-constexpr int kTokens = 6, kHeads = 2, kValueHeads = 4, kKeys = 32, kValues = 16;
-alignas(64) float g_memory[kTokens * kValueHeads * kKeys + 64];
-
-Problem packed_problem() {
-  Problem p;
-  p.heads = kHeads;
-  p.value_heads = kValueHeads;
-  p.key_dim = kKeys;
-  p.value_dim = kValues;
-  p.dtype = p.gate_dtype = p.beta_dtype = DType::fp32;
-  p.gate = GateKind::softplus;
-  p.dt_bias = true;
-  p.varlen = true;
-  return p;
-}
-
+/// A packed call with every input, all tensors in one buffer: nothing but cu_seqlens is ever read.
 struct Call {
-  std::int64_t cu[4] = {0, 2, 2, 5};
+  Problem problem;
   Args args;
-  Call() {
-    args.q = contiguous(g_memory, DType::fp32, {1, kTokens, kHeads, kKeys});
+  std::array<std::int64_t, 4> cu_seqlens{0, 5, 5, 9};
+  KernelArgs out{};
+  Sizes sizes;
+
+  explicit Call(Operation operation = Operation::forward) {
+    problem.operation = operation;
+    problem.heads = 2;
+    problem.value_heads = 4;
+    problem.key_dim = 64;
+    problem.value_dim = 32;
+    problem.gate = GateKind::bounded;
+    problem.dt_bias = problem.beta_sigmoid = problem.varlen = true;
+    args.q = tensor(DType::bf16, {1, 10, 2, 64});
     args.k = args.q;
-    args.v = contiguous(g_memory, DType::fp32, {1, kTokens, kValueHeads, kValues});
-    args.o = args.v;
-    args.g = contiguous(g_memory, DType::fp32, {1, kTokens, kValueHeads, kKeys});
-    args.beta = contiguous(g_memory, DType::fp32, {1, kTokens, kValueHeads});
-    args.A_log = contiguous(g_memory, DType::fp32, {kValueHeads});
-    args.dt_bias = contiguous(g_memory, DType::fp32, {kValueHeads, kKeys});
-    args.final_state = contiguous(g_memory, DType::fp32, {3, kValueHeads, kKeys, kValues});
-    args.cu_seqlens = {cu, IndexType::int64, 4};
+    args.v = tensor(DType::bf16, {1, 10, 4, 32});
+    args.g = tensor(DType::bf16, {1, 10, 4, 64});
+    args.beta = tensor(DType::bf16, {1, 10, 4});
+    args.A_log = tensor(DType::fp32, {4});
+    args.dt_bias = tensor(DType::fp32, {4, 64});
+    args.initial_state = args.final_state = tensor(DType::fp32, {3, 4, 64, 32});
+    args.o = args.d_o = args.d_v = args.v;
+    args.d_q = args.d_k = args.q;
+    args.d_g = args.g;
+    args.d_beta = args.beta;
+    args.d_A_log = args.A_log;
+    args.d_dt_bias = args.dt_bias;
+    args.d_initial_state = args.d_final_state = args.initial_state;
+    args.cu_seqlens = {cu_seqlens.data(), IndexType::int64, 4};
   }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  static Tensor tensor(DType dtype, std::initializer_list<std::int64_t> shape) {
+    alignas(256) static std::array<std::byte, 512> memory;
+    return contiguous(memory.data(), dtype, shape);
+  }
+  Status check(bool host_memory = true) { return make_kernel_args(problem, args, host_memory, out, sizes); }
 };
 
-void refused(const char* word, const std::function<void(Call&)>& change, bool host_memory = true) {
-  Call call;
-  change(call);
-  KernelArgs out;
-  Sizes sizes;
-  const Status status = make_kernel_args(packed_problem(), call.args, host_memory, out, sizes);
-  INFO(word);
-  REQUIRE_FALSE(status);
-  CHECK(status.error().code == ErrorCode::invalid_argument);
-  CHECK_THAT(status.error().message, Catch::Matchers::Contains(word));
+void* moved(void* data, int bytes) {
+  return static_cast<std::byte*>(data) + bytes;
+}
+
+struct Fault {
+  std::function<void(Call&)> plant;
+  const char* sentence; ///< what the refusal says
+};
+void check_refused(const std::vector<Fault>& faults, Operation operation = Operation::forward) {
+  for (const Fault& fault : faults) {
+    INFO("expected: " << fault.sentence);
+    Call call(operation);
+    REQUIRE(call.check());
+    fault.plant(call);
+    const Status status = call.check();
+    REQUIRE_FALSE(status);
+    CHECK(status.error().code == ErrorCode::invalid_argument);
+    CHECK_THAT(status.error().message, Catch::Matchers::Contains(fault.sentence));
+  }
 }
 
 } // namespace
 
-TEST_CASE("a good call gives strides, sizes and the default scale") {
+TEST_CASE("a call in order becomes the kernel parameter: sizes, strides, scale") {
   Call call;
-  KernelArgs out;
-  Sizes sizes;
-  REQUIRE(make_kernel_args(packed_problem(), call.args, true, out, sizes));
-  CHECK(sizes.tokens == kTokens);
-  CHECK(sizes.sequences == 3);
-  CHECK(out.g.stride_token == kValueHeads * kKeys);
-  CHECK(out.q.stride_head == kKeys);
-  CHECK(out.beta.stride_token == kValueHeads);
-  CHECK(out.final_state.stride_sequence == kValueHeads * kKeys * kValues);
-  CHECK(out.initial_state.data == nullptr);
-  CHECK(out.scale == Approx(1 / std::sqrt(32.0)));
+  REQUIRE(call.check());
+  CHECK(call.sizes.batch == 1);
+  CHECK(call.sizes.tokens == 10);
+  CHECK(call.sizes.sequences == 3);
+  CHECK(call.out.tokens == 10);
+  CHECK(call.out.heads == 2);
+  CHECK(call.out.value_heads == 4);
+  CHECK(call.out.q.data == call.args.q.data);
+  CHECK(call.out.q.stride_head == 64);
+  CHECK(call.out.v.stride_token == 4 * 32);
+  CHECK(call.out.beta.stride_token == 4);
+  CHECK(call.out.final_state.stride_sequence == 4 * 64 * 32);
+  CHECK(call.out.d_q.data == nullptr);
+  CHECK(call.out.scale == 0.125F); // K^-1/2
+  CHECK(call.out.lower_bound == -5);
+  call.args.scale = 0.5F;
+  call.args.q.stride[0] = 4096; // a view of a larger tensor
+  call.args.q.stride[1] = 256;
+  call.args.q.stride[2] = 128;
+  call.args.q.stride[3] = 1;
+  REQUIRE(call.check());
+  CHECK(call.out.scale == 0.5F);
+  CHECK(call.out.q.stride_batch == 4096);
+  CHECK(call.out.q.stride_token == 256);
+  CHECK(call.out.q.stride_head == 128);
 }
 
-TEST_CASE("bad tensors are refused with a sentence that names them") {
-  refused("q is required", [](Call& c) { c.args.q.data = nullptr; });
-  refused("A_log is required", [](Call& c) { c.args.A_log = {}; });
-  refused("dt_bias is required", [](Call& c) { c.args.dt_bias = {}; });
-  refused("cu_seqlens is required", [](Call& c) { c.args.cu_seqlens = {}; });
-  refused("v is bf16", [](Call& c) { c.args.v.dtype = DType::bf16; });
-  refused("q has size 31 in dimension 3", [](Call& c) { c.args.q.shape[3] = 31; });
-  refused("g has rank 3", [](Call& c) { c.args.g.rank = 3; });
-  refused("cu_seqlens is int32", [](Call& c) { c.args.cu_seqlens.dtype = IndexType::int32; });
-  refused("k must be contiguous in its last", [](Call& c) {
-    const std::int64_t strides[] = {0, kHeads * kKeys * 2, kKeys * 2, 2};
-    std::copy(std::begin(strides), std::end(strides), c.args.k.stride);
-  });
-  refused("v has stride 33", [](Call& c) {
-    const std::int64_t strides[] = {0, 33, kValues, 1};
-    std::copy(std::begin(strides), std::end(strides), c.args.v.stride);
-  });
-  refused("o is at an address", [](Call& c) { c.args.o.data = g_memory + 1; });
-  refused("final_state has size", [](Call& c) { c.args.final_state.shape[0] = 2; });
+TEST_CASE("a tensor that is required and absent is refused by its name") {
+  check_refused({{[](Call& c) { c.args.q = {}; }, "q is required"},
+                 {[](Call& c) { c.args.k.data = nullptr; }, "k is required"},
+                 {[](Call& c) { c.args.v = {}; }, "v is required"},
+                 {[](Call& c) { c.args.g = {}; }, "g is required"},
+                 {[](Call& c) { c.args.beta = {}; }, "beta is required"},
+                 {[](Call& c) { c.args.o = {}; }, "o is required"},
+                 {[](Call& c) { c.args.A_log = {}; }, "A_log is required"},
+                 {[](Call& c) { c.args.dt_bias = {}; }, "dt_bias is required"},
+                 {[](Call& c) { c.args.cu_seqlens = {}; }, "cu_seqlens is required"}});
+  check_refused({{[](Call& c) { c.args.d_o = {}; }, "d_o is required"},
+                 {[](Call& c) { c.args.d_q = {}; }, "d_q is required"},
+                 {[](Call& c) { c.args.d_k = {}; }, "d_k is required"},
+                 {[](Call& c) { c.args.d_v = {}; }, "d_v is required"},
+                 {[](Call& c) { c.args.d_g = {}; }, "d_g is required"},
+                 {[](Call& c) { c.args.d_beta = {}; }, "d_beta is required"}},
+                Operation::backward);
 }
 
-TEST_CASE("cu_seqlens is checked where it can be read, and only there") {
-  refused("starts at 1", [](Call& c) { c.cu[0] = 1; });
-  refused("decreases from 2 to 1", [](Call& c) { c.cu[2] = 1; });
-  refused("reaches 7 with only 6", [](Call& c) { c.cu[3] = 7; });
+TEST_CASE("a tensor of another dtype, rank or shape is refused with what was expected") {
+  check_refused({{[](Call& c) { c.args.q.dtype = DType::fp16; }, "q is fp16, the problem says bf16"},
+                 {[](Call& c) { c.args.A_log.dtype = DType::bf16; }, "A_log is bf16"},
+                 {[](Call& c) { c.args.final_state.dtype = DType::bf16; }, "final_state is bf16"},
+                 {[](Call& c) { c.args.cu_seqlens.dtype = IndexType::int32; }, "cu_seqlens is int32"},
+                 {[](Call& c) { c.args.v.rank = 3; }, "v has rank 3, expected 4"},
+                 {[](Call& c) { c.args.g.rank = 3; }, "g has rank 3, expected 4: [B, T, HV, K]"},
+                 {[](Call& c) { c.args.beta.rank = 4; }, "beta has rank 4, expected 3"},
+                 {[](Call& c) { c.args.q.shape[2] = 4; }, "q has size 4 in dimension 2, expected 2"},
+                 {[](Call& c) { c.args.k.shape[1] = 9; }, "k has size 9 in dimension 1, expected 10"},
+                 {[](Call& c) { c.args.v.shape[3] = 64; }, "v has size 64 in dimension 3, expected 32"},
+                 {[](Call& c) { c.args.g.shape[0] = 2; }, "a packed problem has batch 1, not 2"},
+                 {[](Call& c) { c.args.g.shape[1] = -1; }, "must not be negative"},
+                 {[](Call& c) { c.args.initial_state.shape[0] = 2; }, "initial_state has size 2"},
+                 {[](Call& c) { c.args.dt_bias.shape[1] = 32; }, "dt_bias has size 32"}});
+  check_refused({{[](Call& c) { c.args.d_beta.dtype = DType::fp32; }, "d_beta is fp32"},
+                 {[](Call& c) { c.args.d_A_log.shape[0] = 2; }, "d_A_log has size 2"},
+                 {[](Call& c) { c.args.d_initial_state.shape[3] = 64; }, "d_initial_state has size 64"}},
+                Operation::backward);
+}
+
+TEST_CASE("strides and addresses that a vector load cannot use are refused") {
+  const auto strided = [](Tensor& t, std::int64_t token, std::int64_t head, std::int64_t last) {
+    t.stride[0] = 10 * token;
+    t.stride[1] = token;
+    t.stride[2] = head;
+    t.stride[3] = last;
+  };
+  check_refused(
+      {{[=](Call& c) { strided(c.args.q, 256, 128, 2); }, "q must be contiguous in its last dimension"},
+       {[=](Call& c) { strided(c.args.q, 256, 68, 1); }, "q has stride 68 in dimension 2"},
+       {[=](Call& c) { strided(c.args.v, 132, 32, 1); }, "v has stride 132 in dimension 1"},
+       {[](Call& c) { c.args.q.data = moved(c.args.q.data, 8); }, "q is at an address"},
+       {[](Call& c) { c.args.o.data = moved(c.args.o.data, 2); }, "o is at an address"},
+       {[](Call& c) { c.args.beta.data = moved(c.args.beta.data, 1); }, "beta is at an address"},
+       {[](Call& c) { c.args.A_log.data = moved(c.args.A_log.data, 4); }, "A_log is at an address"},
+       {[](Call& c) { c.args.final_state.data = moved(c.args.final_state.data, 4); },
+        "final_state is at an address"},
+       {[=](Call& c) { strided(c.args.initial_state, 64 * 32, 36, 1); },
+        "initial_state must have a contiguous inner matrix"}});
+}
+
+TEST_CASE("rows that are no multiple of 16 bytes need 8-byte alignment only") {
   Call call;
-  call.cu[3] = 7;
-  KernelArgs out;
-  Sizes sizes;
-  CHECK(make_kernel_args(packed_problem(), call.args, false, out, sizes));
+  call.problem.key_dim = 60; // 120 bytes a row
+  call.args.q = call.args.k = Call::tensor(DType::bf16, {1, 10, 2, 60});
+  call.args.g = Call::tensor(DType::bf16, {1, 10, 4, 60});
+  call.args.dt_bias = Call::tensor(DType::fp32, {4, 60});
+  call.args.initial_state = call.args.final_state = Call::tensor(DType::fp32, {3, 4, 60, 32});
+  call.args.q.data = moved(call.args.q.data, 8);
+  CHECK(call.check());
+  call.args.q.data = moved(call.args.q.data, -4);
+  CHECK_FALSE(call.check());
 }
 
-TEST_CASE("impossible sizes are refused") {
-  Problem p = packed_problem();
-  CHECK_FALSE(check_sizes(p, {2, 8, 2}));
+TEST_CASE("beta may have any strides") {
+  Call call;
+  call.args.beta.stride[0] = 1;
+  call.args.beta.stride[1] = 3;
+  call.args.beta.stride[2] = 31;
+  REQUIRE(call.check());
+  CHECK(call.out.beta.stride_head == 31);
+}
+
+TEST_CASE("cu_seqlens must start at 0, not decrease and stay within T, where it can be read") {
+  check_refused({{[](Call& c) {
+                    c.cu_seqlens = {1, 5, 5, 9};
+                  },
+                  "cu_seqlens starts at 1, expected 0"},
+                 {[](Call& c) {
+                    c.cu_seqlens = {0, 5, 4, 9};
+                  },
+                  "decreases from 5 to 4 at element 2"},
+                 {[](Call& c) {
+                    c.cu_seqlens = {0, 5, 5, 11};
+                  },
+                  "reaches 11 with only 10 tokens"},
+                 {[](Call& c) {
+                    c.cu_seqlens = {0, -1, 5, 9};
+                  },
+                  "decreases from 0 to -1"},
+                 {[](Call& c) { c.args.cu_seqlens.size = 0; }, "needs N+1 elements"},
+                 {[](Call& c) { c.problem.varlen = false; }, "the problem is not packed"}});
+  std::array<std::int32_t, 4> narrow{0, 5, 3, 9};
+  Call call;
+  call.problem.cu_seqlens_type = IndexType::int32;
+  call.args.cu_seqlens = {narrow.data(), IndexType::int32, 4};
+  CHECK_FALSE(call.check());
+  narrow[2] = 5;
+  CHECK(call.check());
+}
+
+TEST_CASE("cu_seqlens on a device is never read") {
+  Call call;
+  call.args.cu_seqlens.data = reinterpret_cast<const void*>(std::uintptr_t{16}); // reading it would crash
+  CHECK(call.check(/*host_memory=*/false));
+}
+
+TEST_CASE("tensors that the problem does not have are refused, optional ones may be absent") {
+  check_refused(
+      {{[](Call& c) { c.problem.dt_bias = false; }, "dt_bias is given, but the problem has no dt_bias"}});
+  Call call;
+  call.args.initial_state = call.args.final_state = {};
+  CHECK(call.check());
+  Call backward(Operation::backward);
+  backward.args.d_A_log = backward.args.d_dt_bias = backward.args.d_initial_state = {};
+  backward.args.d_final_state = backward.args.o = {};
+  CHECK(backward.check());
+  CHECK(backward.out.d_A_log == nullptr);
+}
+
+TEST_CASE("a call without tokens needs no token tensors") {
+  Call call;
+  call.cu_seqlens = {0, 0, 0, 0};
+  for (Tensor* t : {&call.args.q, &call.args.k, &call.args.v, &call.args.g, &call.args.beta, &call.args.o}) {
+    t->shape[1] = 0;
+    t->data = nullptr;
+  }
+  REQUIRE(call.check());
+  CHECK(call.sizes.tokens == 0);
+  CHECK(call.sizes.sequences == 3);
+}
+
+TEST_CASE("the gate operations read g alone and write fp32") {
+  Call gate(Operation::gate);
+  gate.problem.varlen = false;
+  gate.args.cu_seqlens = {};
+  gate.args.q = gate.args.k = gate.args.v = gate.args.beta = {};
+  gate.args.o = Call::tensor(DType::fp32, {1, 10, 4, 64});
+  REQUIRE(gate.check());
+  gate.args.o.dtype = DType::bf16;
+  CHECK_FALSE(gate.check());
+}
+
+TEST_CASE("sizes that a problem cannot have are refused") {
+  Problem p;
+  CHECK(check_sizes(p, {2, 100, 2}));
+  CHECK_FALSE(check_sizes(p, {2, 100, 3}));
+  CHECK_FALSE(check_sizes(p, {-1, 100, -1}));
   CHECK_FALSE(check_sizes(p, {1, -1, 1}));
-  p.varlen = false;
-  CHECK_FALSE(check_sizes(p, {2, 8, 1}));
-  CHECK(check_sizes(p, {2, 0, 2}));
+  p.varlen = true;
+  CHECK(check_sizes(p, {1, 100, 0}));
+  CHECK_FALSE(check_sizes(p, {2, 100, 2}));
 }

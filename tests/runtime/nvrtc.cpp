@@ -2,6 +2,8 @@
 // fits its target.
 #include "nvrtc.h"
 #include "codegen/source_unit.h"
+#include "scratch.h"
+#include "scripted_backend.h"
 #include <atomic>
 #include <catch2/catch.hpp>
 #include <fmt/format.h>
@@ -114,6 +116,72 @@ TEST_CASE("one variant of each family compiles for every other architecture") {
   compile_all(*nvrtc, jobs);
 }
 
+TEST_CASE("every option of a problem compiles for sm_90a in every family") {
+  const auto nvrtc = open_nvrtc();
+  if (nvrtc == nullptr) return;
+  const std::function<void(Problem&)> options[] = {
+      [](Problem& p) { p.key_dim = 60, p.value_dim = 100; },
+      [](Problem& p) { p.key_dim = 96, p.value_dim = 16; },
+      [](Problem& p) { p.key_dim = 16, p.value_dim = 256; },
+      [](Problem& p) { p.key_dim = 256, p.value_dim = 20; },
+      [](Problem& p) { p.value_heads = 128; },
+      [](Problem& p) { p.dtype = p.gate_dtype = p.beta_dtype = DType::fp16; },
+      [](Problem& p) { p.dtype = p.gate_dtype = p.beta_dtype = DType::fp32; },
+      [](Problem& p) { p.gate_dtype = p.beta_dtype = DType::fp32; },
+      [](Problem& p) { p.state_dtype = DType::bf16; },
+      [](Problem& p) { p.state_dtype = DType::fp16, p.state_layout = StateLayout::k_v; },
+      [](Problem& p) { p.gate = GateKind::log_e, p.dt_bias = p.qk_l2norm = p.beta_sigmoid = false; },
+      [](Problem& p) { p.gate = GateKind::log2, p.dt_bias = false; },
+      [](Problem& p) { p.gate = GateKind::softplus, p.beta_times_two = true; },
+      [](Problem& p) { p.gate = GateKind::bounded_no_a; },
+      [](Problem& p) { p.varlen = true; },
+      [](Problem& p) { p.varlen = true, p.cu_seqlens_type = IndexType::int32; }};
+  const Target target = cuda_target("sm_90a").value();
+  std::vector<Job> jobs;
+  for (const Operation operation : {Operation::forward, Operation::recurrent, Operation::backward,
+                                    Operation::gate, Operation::gate_backward})
+    for (const auto& option : options) {
+      Problem p = production(operation);
+      option(p);
+      INFO(to_string(p));
+      const auto variant = choose(p, target, Sizes{1, 8192, 1});
+      REQUIRE(variant);
+      jobs.push_back({p, *variant, target.arch});
+    }
+  compile_all(*nvrtc, jobs);
+}
+
+TEST_CASE("an image precompiled for an architecture is what a device of that architecture loads") {
+  const auto nvrtc = open_nvrtc();
+  if (nvrtc == nullptr) return;
+  const cache::test::Scratch scratch;
+  const auto device = std::make_shared<test::ScriptedBackend>();
+  device->compiler_ = nvrtc->identity();
+  std::string loaded;
+  device->on_load = [&](const SourceUnit&, const Image& image) {
+    loaded = image.bytes;
+    return Status{};
+  };
+  EngineOptions options;
+  options.cache_directory = scratch.path();
+  options.emulator = device;
+  if (const char* const path = std::getenv("KDA_JIT_NVRTC")) options.nvrtc = path;
+  const Target target = cuda_target("sm_90a").value();
+  const Problem p = production(Operation::gate);
+  const Variant v = choose(p, target, {1, 64, 1}).value();
+  const KernelInfo ahead = Engine::create(options).value().precompile(p, v, target).value();
+  CHECK(ahead.origin == Origin::compiled);
+
+  const Engine engine = Engine::create(options).value();
+  const KernelInfo here = engine.prepare(engine.plan(p, test::kScripted, {1, 64, 1}).value()).value().info();
+  CHECK(here.origin == Origin::disk);
+  CHECK(here.key == ahead.key);
+  CHECK(here.registers == ahead.registers);
+  CHECK(loaded.substr(0, 4) == "\x7f"
+                               "ELF");
+  CHECK(device->compiles == 0);
+}
+
 TEST_CASE("a fault in a kernel's source comes back annotated") {
   const auto nvrtc = open_nvrtc();
   if (nvrtc == nullptr) return;
@@ -139,4 +207,11 @@ TEST_CASE("ptxas figures are read from its log") {
   CHECK(kernels[0].spill_bytes == 8);
   CHECK(kernels[0].stack_bytes == 16);
   CHECK(kernels[0].shared_bytes == 1040);
+}
+
+TEST_CASE("advisories that mean a slow kernel are found in the log, and nothing else is") {
+  CHECK(ptxas_advisories("ptxas info    : Used 32 registers\n").empty());
+  const std::string serialized = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async "
+                                 "instructions are serialized due to ...";
+  CHECK(ptxas_advisories("ptxas info    : Used 32 registers\n" + serialized + "\n") == serialized + "\n");
 }
