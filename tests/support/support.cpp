@@ -30,9 +30,12 @@ std::shared_ptr<Backend> emulated(std::uint64_t seed = 0) {
 /// The kernel with one piece of its text replaced.
 SourceUnit changed(const Problem& p, const Variant& v, const std::string& from, const std::string& to) {
   SourceUnit unit = emit(p, v, cuda_target("sm_90a").value()).value();
-  const std::size_t at = unit.main.find(from);
+  std::string* text = &unit.main; // the piece may stand in a stage that the kernel includes
+  for (SourceFile& f : unit.files)
+    if (f.text.find(from) != std::string::npos) text = &f.text;
+  const std::size_t at = text->find(from);
   REQUIRE(at != std::string::npos);
-  unit.main.replace(at, from.size(), to);
+  text->replace(at, from.size(), to);
   return unit;
 }
 
