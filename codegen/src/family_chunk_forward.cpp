@@ -19,14 +19,14 @@ constexpr int chunk_pairs(int chunk) {
   return tiles * (tiles + 1) / 2;
 }
 
-/// chunk_forward/record.cuh.
+/// chunk_forward/record.cuh: all of it, and what stands before u.
 struct Record {
-  int linear, bytes;
+  int u, bytes;
 };
 Record record_of(const Problem& p, const Variant& v) {
-  const int key_rows = v.chunk * padded(p.key_dim) * 2;
-  const int linear = key_rows + chunk_pairs(v.chunk) * 512 + padded(p.key_dim) * 4;
-  return {linear, linear + 2 * key_rows + v.chunk * padded(p.value_dim) * 2};
+  const int k = padded(p.key_dim);
+  const int u = v.chunk * k * 2 + chunk_pairs(v.chunk) * 512 + k * 4 + 2 * tile_bytes(v.chunk, k);
+  return {u, u + v.chunk * padded(p.value_dim) * 2};
 }
 
 /// chunk_forward/prepare.cuh: tiles of a CTA and its shared memory.
@@ -51,9 +51,7 @@ int prepare_shared(const Problem& p, const Variant& v) {
 
 /// chunk_forward/scan.cuh.
 int scan_shared(const Problem& p, const Variant& v) {
-  const int stage =
-      record_of(p, v).linear + v.value_tile * v.chunk * 2 + 2 * tile_bytes(v.chunk, padded(p.key_dim));
-  return v.stages * stage;
+  return v.stages * (record_of(p, v).u + v.value_tile * v.chunk * 2);
 }
 int value_tiles(const Problem& p, const Variant& v) {
   return (padded(p.value_dim) + v.value_tile - 1) / v.value_tile;

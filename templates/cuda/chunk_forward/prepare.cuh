@@ -2,7 +2,7 @@
 // Chunk-parallel part of the forward: from q, k, v, g and beta of some chunks of one value head to their
 // factor records (record.cuh). No chunk needs another.
 //
-// Budget at K = V = 128, bf16, C = 64, 4 warps: reads 1,026 B and writes 1,112 B a token and head, 77 KB of
+// Budget at K = V = 128, bf16, C = 64, 4 warps: reads 1,026 B and writes 1,144 B a token and head, 77 KB of
 // shared memory so that 3 CTAs share an SM and cover each other's barriers (8 + C/16 of them), about 55
 // instructions an element, 1,060 mma.sync of 16x8x16.
 #include "chunk_forward/record.cuh"
@@ -82,8 +82,7 @@ KDA_DEVICE void write_state_keys(const PrepareMap& map, unsigned char* record) {
   const auto* raw = shared_at<Config::Element>(PrepareShared::row_k) + place;
   const Operand* high = shared_at<Operand>(PrepareShared::decayed_k) + place;
   const Operand* low = shared_at<Operand>(PrepareShared::column_k) + place;
-  auto* out =
-      reinterpret_cast<Operand*>(record + Record::k) + local_tile * kTileRows * kPaddedK + map.channel;
+  auto* out = reinterpret_cast<Operand*>(record + Record::k) + local_tile * kTileRows * stride + map.channel;
   float after[width] = {};
   sum_other_tiles<true>(prepare_sums(), map.tile, map.channel, after);
 #pragma unroll 4
@@ -96,7 +95,7 @@ KDA_DEVICE void write_state_keys(const PrepareMap& map, unsigned char* record) {
       k[i] *= factor[r] * exp2_fast(after[i]);
       after[i] += g[i];
     }
-    store_operands(out + r * kPaddedK, k);
+    store_operands(out + r * stride, k);
   }
   if (local_tile == 0) {
     // The running sum has reached the chunk's start: tot.
@@ -121,7 +120,7 @@ KDA_DEVICE void write_operands(const PrepareMap& map, unsigned char* record) {
   Operand* decayed_k = shared_at<Operand>(PrepareShared::decayed_k) + place;
   Operand* out = nullptr;
   if (record != nullptr)
-    out = reinterpret_cast<Operand*>(record + Record::q) + local_tile * kTileRows * kPaddedK + map.channel;
+    out = reinterpret_cast<Operand*>(record + Record::q) + local_tile * kTileRows * stride + map.channel;
 
   float start[width] = {}, sum[width] = {}, anchored[width];
   const GateSums sums = prepare_sums();
@@ -159,7 +158,7 @@ KDA_DEVICE void write_operands(const PrepareMap& map, unsigned char* record) {
     }
     store_operands(column_k + r * stride, x);
     store_operands(decayed_k + r * stride, y);
-    if (out != nullptr) store_operands(out + r * kPaddedK, q);
+    if (out != nullptr) store_operands(out + r * stride, q);
   }
 }
 

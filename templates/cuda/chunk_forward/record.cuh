@@ -11,16 +11,15 @@ constexpr int kFragmentBytes = 512;
 constexpr int kKeyBlocks = kPaddedK / 16;
 constexpr int kValueBlocks = kPaddedV / 16;
 
-/// Byte offsets. The scan copies [0, linear) as it is, q and k into padded tiles, and u by value tile.
+/// Byte offsets. The scan copies [0, u) as it is, and u by value tile.
 struct Record {
-  static constexpr int key_rows = Config::chunk * kPaddedK * 2;
-  static constexpr int w = 0;            ///< W, B fragments [token tile][channel block]
-  static constexpr int m = w + key_rows; ///< M, A fragments [pair_place]
-  static constexpr int decay = m + kChunkPairs * kFragmentBytes; ///< 2^tot, fp32 [kPaddedK]
-  static constexpr int linear = decay + kPaddedK * 4;
-  static constexpr int q = linear;       ///< scale q 2^G, rows of kPaddedK
-  static constexpr int k = q + key_rows; ///< k 2^(tot - G), rows of kPaddedK
-  static constexpr int u = k + key_rows; ///< u^T, fragments of accumulators [value block][token tile]
+  static constexpr int key_tile = Tile<kPaddedK>::bytes(Config::chunk);
+  static constexpr int w = 0; ///< W, B fragments [token tile][channel block]
+  static constexpr int m = w + kChunkTiles * kKeyBlocks * kFragmentBytes; ///< M, A fragments [pair_place]
+  static constexpr int decay = m + kChunkPairs * kFragmentBytes;          ///< 2^tot, fp32 [kPaddedK]
+  static constexpr int q = decay + kPaddedK * 4;                          ///< scale q 2^G, a Tile<kPaddedK>
+  static constexpr int k = q + key_tile;                                  ///< k 2^(tot - G), a Tile<kPaddedK>
+  static constexpr int u = k + key_tile; ///< u^T, fragments of accumulators [value block][token tile]
   static constexpr int bytes = u + Config::chunk * kPaddedV * 2;
 };
 

@@ -16,34 +16,39 @@
 namespace kda {
 
 constexpr int kScanThreads = Config::scan_warps * 32;
-constexpr int kScanBlocks = Config::value_tile / 16; ///< of 16 columns; warps beyond them only load
+constexpr int kScanBlocks = Config::value_tile / 16; ///< of 16 columns
+/// Threads that copy records: those of warps without columns, or all.
+constexpr int kScanLoaders =
+    Config::scan_warps > kScanBlocks ? kScanThreads - kScanBlocks * 32 : kScanThreads;
 constexpr int kScanTiles = (kPaddedV + Config::value_tile - 1) / Config::value_tile;
 static_assert(Config::value_tile % 16 == 0 && kScanBlocks <= Config::scan_warps);
 
 /// One stage of shared memory, byte offsets.
 struct Stage {
-  static constexpr int u = Record::linear; ///< [0, linear) is as in the record
+  static constexpr int u = Record::u; ///< [0, u) is as in the record
   static constexpr int u_block = Config::chunk * 32;
-  static constexpr int q = u + kScanBlocks * u_block;
-  static constexpr int k = q + Tile<kPaddedK>::bytes(Config::chunk);
-  static constexpr int bytes = k + Tile<kPaddedK>::bytes(Config::chunk);
+  static constexpr int bytes = u + kScanBlocks * u_block;
 };
 
+/// Copies `bytes` bytes with `threads` threads, of which this is number `thread`.
+template <int bytes, int threads>
+KDA_DEVICE void copy_linear(unsigned char* to, const unsigned char* from, int thread) {
+  constexpr int pieces = bytes / 16, rounds = (pieces + threads - 1) / threads;
+  to += thread * 16;
+  from += thread * 16;
+#pragma unroll
+  for (int i = 0; i < rounds; ++i)
+    if ((i + 1) * threads <= pieces || i * threads + thread < pieces)
+      copy_async_16(to + i * threads * 16, from + i * threads * 16);
+}
 /// Starts the copies of one record; the caller commits.
-KDA_DEVICE void load_stage(unsigned char* stage, const unsigned char* record, int first_block, int blocks) {
-#pragma unroll 4
-  for (int i = thread_index(); i < Record::linear / 16; i += kScanThreads)
-    copy_async_16(stage + i * 16, record + i * 16);
-  const unsigned char* u = record + Record::u + first_block * Stage::u_block;
-  for (int i = thread_index(); i < blocks * Stage::u_block / 16; i += kScanThreads)
-    copy_async_16(stage + Stage::u + i * 16, u + i * 16);
-  constexpr int pieces = kPaddedK / 8; // of 16 bytes, a row
-#pragma unroll 4
-  for (int i = thread_index(); i < Config::chunk * pieces; i += kScanThreads) {
-    const int place = (i / pieces * Tile<kPaddedK>::stride + i % pieces * 8) * 2;
-    copy_async_16(stage + Stage::q + place, record + Record::q + i * 16);
-    copy_async_16(stage + Stage::k + place, record + Record::k + i * 16);
-  }
+template <int threads>
+KDA_DEVICE void load_stage(unsigned char* stage, const unsigned char* record, int first_block, int blocks,
+                           int thread) {
+  copy_linear<Record::u, threads>(stage, record, thread);
+  for (int b = 0; b < blocks; ++b)
+    copy_linear<Stage::u_block, threads>(stage + Stage::u + b * Stage::u_block,
+                                         record + Record::u + (first_block + b) * Stage::u_block, thread);
 }
 
 /// S^T of one warp: s[n] are the accumulators of channels 8n..8n+7, 16 columns of V.
@@ -106,13 +111,17 @@ KDA_DEVICE void transpose_quad(Word4& x) {
   }
 }
 
-/// 16 tokens of o by 16 columns; `o` is at the first token and column, `rows` and `columns` what exists.
-KDA_DEVICE void store_output(Config::Element* o, i64 stride, const Accumulator& x, int rows, int columns) {
-  const int row = lane_index() >> 2, t = lane_index() & 3;
+/// 16 tokens of o by 16 columns, packed by pack_output; `o` is at the first token and column, `rows` and
+/// `columns` what exists.
+KDA_DEVICE Word4 pack_output(const Accumulator& x) {
   Word4 words;
 #pragma unroll
   for (int w = 0; w < 4; ++w) // row half w/2, column half w%2
     words.w[w] = pack2<Config::Element>(x.d[w & 1][w & 2], x.d[w & 1][(w & 2) + 1]);
+  return words;
+}
+KDA_DEVICE void store_output(Config::Element* o, i64 stride, Word4 words, int rows, int columns) {
+  const int row = lane_index() >> 2, t = lane_index() & 3;
   if constexpr (Config::V % 8 == 0) {
     // Whole 32-byte sectors: a lane gets 8 columns of one token.
     transpose_quad(words);
@@ -138,11 +147,18 @@ KDA_DEVICE void decay_state(ScanState& state, const unsigned char* stage) {
   }
 }
 
+/// Tiles of tokens whose products are formed together: 8 independent sums of mma hide its latency, where the
+/// registers allow.
+constexpr int kScanGroup = kChunkTiles >= 2 && kKeyBlocks <= 8 ? 2 : 1;
+/// Stores of o wait for the chunk's end, because their conditions would cut the arithmetic into blocks.
+constexpr bool kStoreLate = kKeyBlocks <= 8;
+static_assert(kStoreLate || kScanGroup == 1);
+
 /// One chunk: U = u - W S, o = q S + M U, S = 2^tot S + k^T U.
 KDA_DEVICE void scan_chunk(ScanState& state, const unsigned char* stage, int block, Config::Element* o,
                            i64 stride, int rows, int columns) {
-  const auto* q = reinterpret_cast<const Operand*>(stage + Stage::q);
-  const auto* k = reinterpret_cast<const Operand*>(stage + Stage::k);
+  const auto* q = reinterpret_cast<const Operand*>(stage + Record::q);
+  const auto* k = reinterpret_cast<const Operand*>(stage + Record::k);
   u32 rounded[kKeyBlocks][4]; // S^T of the chunk's start as A
 #pragma unroll
   for (int n = 0; n < 2 * kKeyBlocks; ++n) {
@@ -150,40 +166,59 @@ KDA_DEVICE void scan_chunk(ScanState& state, const unsigned char* stage, int blo
     rounded[n / 2][n % 2 * 2 + 1] = pack2<Operand>(state.s[n][2], state.s[n][3]);
   }
   u32 u[kChunkTiles][4]; // U^T as A
+  Word4 packed[kChunkTiles];
 #pragma unroll
-  for (int i = 0; i < kChunkTiles; ++i) {
-    Accumulator ws, out;
+  for (int first = 0; first < kChunkTiles; first += kScanGroup) {
+    Accumulator ws[kScanGroup], out[kScanGroup];
 #pragma unroll
-    for (int c = 0; c < kKeyBlocks; ++c) {
-      const Word4 w = *fragment(stage + Record::w, i * kKeyBlocks + c);
-      mma_16x8x16<Operand>(ws.d[0], rounded[c], w.w[0], w.w[1]);
-      mma_16x8x16<Operand>(ws.d[1], rounded[c], w.w[2], w.w[3]);
-      u32 a[4];
-      load_a<kPaddedK>(a, q, i * kTileRows, c * 16);
-      mma_16x8x16<Operand>(out.d[0], a, rounded[c][0], rounded[c][2]);
-      mma_16x8x16<Operand>(out.d[1], a, rounded[c][1], rounded[c][3]);
+    for (int c = 0; c < kKeyBlocks; ++c)
+#pragma unroll
+      for (int i = 0; i < kScanGroup; ++i) {
+        const Word4 w = *fragment(stage + Record::w, (first + i) * kKeyBlocks + c);
+        mma_16x8x16<Operand>(ws[i].d[0], rounded[c], w.w[0], w.w[1]);
+        mma_16x8x16<Operand>(ws[i].d[1], rounded[c], w.w[2], w.w[3]);
+        u32 a[4];
+        load_a<kPaddedK>(a, q, (first + i) * kTileRows, c * 16);
+        mma_16x8x16<Operand>(out[i].d[0], a, rounded[c][0], rounded[c][2]);
+        mma_16x8x16<Operand>(out[i].d[1], a, rounded[c][1], rounded[c][3]);
+      }
+#pragma unroll
+    for (int i = 0; i < kScanGroup; ++i) {
+      const Word4 own = *fragment(stage + Stage::u + block * Stage::u_block, first + i);
+#pragma unroll
+      for (int w = 0; w < 4; ++w)
+        u[first + i][w] = pack2<Operand>(low_half<Operand>(own.w[w]) - ws[i].d[w >> 1][(w & 1) * 2],
+                                         high_half<Operand>(own.w[w]) - ws[i].d[w >> 1][(w & 1) * 2 + 1]);
     }
-    const Word4 own = *fragment(stage + Stage::u + block * Stage::u_block, i);
 #pragma unroll
-    for (int w = 0; w < 4; ++w)
-      u[i][w] = pack2<Operand>(low_half<Operand>(own.w[w]) - ws.d[w >> 1][(w & 1) * 2],
-                               high_half<Operand>(own.w[w]) - ws.d[w >> 1][(w & 1) * 2 + 1]);
+    for (int j = 0; j < first + kScanGroup; ++j)
 #pragma unroll
-    for (int j = 0; j <= i; ++j) {
-      const Word4 m = *fragment(stage + Record::m, pair_place(i, j));
-      mma_16x8x16<Operand>(out.d[0], m.w, u[j][0], u[j][2]);
-      mma_16x8x16<Operand>(out.d[1], m.w, u[j][1], u[j][3]);
-    }
-    store_output(o + i * kTileRows * stride, stride, out, rows - i * kTileRows, columns);
-    if (i == 0) decay_state(state, stage);
+      for (int i = 0; i < kScanGroup; ++i) {
+        if (j > first + i) continue;
+        const Word4 m = *fragment(stage + Record::m, pair_place(first + i, j));
+        mma_16x8x16<Operand>(out[i].d[0], m.w, u[j][0], u[j][2]);
+        mma_16x8x16<Operand>(out[i].d[1], m.w, u[j][1], u[j][3]);
+      }
 #pragma unroll
-    for (int c = 0; c < kKeyBlocks; ++c) {
-      u32 b[4];
-      load_b_transposed<kPaddedK>(b, k, i * kTileRows, c * 16);
-      mma_16x8x16<Operand>(state.s[2 * c], u[i], b[0], b[1]);
-      mma_16x8x16<Operand>(state.s[2 * c + 1], u[i], b[2], b[3]);
-    }
+    for (int i = 0; i < kScanGroup; ++i)
+      packed[first + i] = pack_output(out[i]);
+    if constexpr (!kStoreLate)
+      store_output(o + first * kTileRows * stride, stride, packed[first], rows - first * kTileRows, columns);
+    if (first == 0) decay_state(state, stage);
+#pragma unroll
+    for (int c = 0; c < kKeyBlocks; ++c)
+#pragma unroll
+      for (int i = 0; i < kScanGroup; ++i) {
+        u32 b[4];
+        load_b_transposed<kPaddedK>(b, k, (first + i) * kTileRows, c * 16);
+        mma_16x8x16<Operand>(state.s[2 * c], u[first + i], b[0], b[1]);
+        mma_16x8x16<Operand>(state.s[2 * c + 1], u[first + i], b[2], b[3]);
+      }
   }
+  if constexpr (kStoreLate)
+#pragma unroll
+    for (int i = 0; i < kChunkTiles; ++i)
+      store_output(o + i * kTileRows * stride, stride, packed[i], rows - i * kTileRows, columns);
 }
 
 /// Zeros o behind the last packed sequence.
@@ -207,10 +242,12 @@ KDA_DEVICE void scan_chunks(const KernelArgs& args) {
   const SequenceSpan span = find_sequence(args, chunk_offsets(args), sequence);
   const int chunks = static_cast<int>(chunks_of(span.end - span.begin));
   const int blocks = min(kScanBlocks, (kPaddedV - first_column) / 16);
+  const bool loads = kScanLoaders == kScanThreads || warp_index() >= kScanBlocks;
   const auto load = [&](int chunk) {
-    if (chunk < chunks)
-      load_stage(shared_memory() + chunk % Config::stages * Stage::bytes,
-                 record_of(args, span.first_chunk + chunk, head), first_column / 16, blocks);
+    if (loads && chunk < chunks)
+      load_stage<kScanLoaders>(shared_memory() + chunk % Config::stages * Stage::bytes,
+                               record_of(args, span.first_chunk + chunk, head), first_column / 16, blocks,
+                               thread_index() - (kScanThreads - kScanLoaders));
     commit_copies();
   };
 #pragma unroll
