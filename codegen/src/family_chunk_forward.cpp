@@ -19,14 +19,10 @@ constexpr int chunk_pairs(int chunk) {
   return tiles * (tiles + 1) / 2;
 }
 
-/// chunk_forward/record.cuh: all of it, and what stands before u.
-struct Record {
-  int u, bytes;
-};
-Record record_of(const Problem& p, const Variant& v) {
+/// chunk_forward/record.cuh.
+int record_bytes(const Problem& p, const Variant& v) {
   const int k = padded(p.key_dim);
-  const int u = v.chunk * k * 2 + chunk_pairs(v.chunk) * 512 + k * 4 + 2 * tile_bytes(v.chunk, k);
-  return {u, u + v.chunk * padded(p.value_dim) * 2};
+  return 3 * v.chunk * k * 2 + chunk_pairs(v.chunk) * 512 + k * 4 + v.chunk * padded(p.value_dim) * 2;
 }
 
 /// chunk_forward/prepare.cuh: tiles of a CTA and its shared memory.
@@ -51,15 +47,17 @@ int prepare_shared(const Problem& p, const Variant& v) {
 
 /// chunk_forward/scan.cuh.
 int scan_shared(const Problem& p, const Variant& v) {
-  return v.stages * (record_of(p, v).u + v.value_tile * v.chunk * 2);
+  const int values = v.chunk * padded(p.value_dim) * 2;
+  return v.stages * (record_bytes(p, v) - values + v.value_tile * v.chunk * 2);
 }
 int value_tiles(const Problem& p, const Variant& v) {
   return (padded(p.value_dim) + v.value_tile - 1) / v.value_tile;
 }
-/// Registers of a scan thread: the state, its bf16 copy, U, and the rest. Fitted to ptxas 13.0 for sm_90a,
-/// which fits up to 256 of these into 255 without spilling.
+/// Registers of a scan thread, fitted to ptxas 13.0: the state and its bf16 copy, and what one tile of tokens
+/// or two at a time need. From kMostRegisters on some architecture spills.
+constexpr int kMostRegisters = 248;
 int scan_registers(const Problem& p, const Variant& v) {
-  return 12 * padded(p.key_dim) / 16 + 4 * v.chunk / kTileRows + 56;
+  return 9 * padded(p.key_dim) / 16 + (v.chunk == 64 ? 140 : v.chunk == 32 ? 128 : 80);
 }
 
 std::string reject(const Problem& p, const Target& t, const Variant& v) {
@@ -72,7 +70,6 @@ std::string reject(const Problem& p, const Target& t, const Variant& v) {
   const int tile_threads = v.prepare_warps * 32 / prepare_tiles(p, v);
   if (tile_threads * 4 < padded(p.key_dim))
     return fmt::format("{} threads with 4 channels each do not cover K={}", tile_threads, p.key_dim);
-  constexpr int kMostRegisters = 256;
   if (const int need = scan_registers(p, v); need > kMostRegisters)
     return fmt::format("the scan needs about {} registers a thread of 255", need);
   for (const int need : {prepare_shared(p, v), scan_shared(p, v)})
@@ -132,7 +129,7 @@ WorkspaceLayout buffers(const Problem& p, const Variant& v, const Sizes& s) {
   WorkspaceLayout layout;
   layout.add(p.varlen ? static_cast<std::size_t>(s.sequences + 1) * sizeof(int) : 0);
   layout.add(static_cast<std::size_t>(chunk_bound(p, s, v.chunk)) * static_cast<std::size_t>(p.value_heads) *
-             static_cast<std::size_t>(record_of(p, v).bytes));
+             static_cast<std::size_t>(record_bytes(p, v)));
   return layout;
 }
 
@@ -148,7 +145,7 @@ double prepare_us(const Problem& p, const Variant& v, const Target& t, const Siz
   const double tokens = static_cast<double>(chunk_bound(p, s, v.chunk)) * v.chunk * p.value_heads;
   const double bytes = 2.0 * p.key_dim * size_of(p.dtype) + p.value_dim * size_of(p.dtype) +
                        p.key_dim * size_of(p.gate_dtype) + size_of(p.beta_dtype) +
-                       static_cast<double>(record_of(p, v).bytes) / v.chunk;
+                       static_cast<double>(record_bytes(p, v)) / v.chunk;
   const int per_sm =
       std::clamp(t.shared_bytes_per_sm / (prepare_shared(p, v) + 1024), 1, v.prepare_warps == 4 ? 3 : 2);
   const double slots = static_cast<double>(t.multiprocessors) * per_sm;
@@ -165,10 +162,9 @@ double scan_us(const Problem& p, const Variant& v, const Target& t, const Sizes&
   const int tiles = v.chunk / kTileRows, key_blocks = padded(p.key_dim) / 16;
   const double products = 2.0 * (3 * tiles * key_blocks + chunk_pairs(v.chunk));
   const int warps = std::min(v.value_tile, padded(p.value_dim)) / 16;
-  const int per_sm =
-      std::clamp(std::min(t.shared_bytes_per_sm / (scan_shared(p, v) + 1024),
-                          t.registers_per_sm / (std::min(255, scan_registers(p, v)) * 32 * v.scan_warps)),
-                 1, 16);
+  const int per_sm = std::clamp(std::min(t.shared_bytes_per_sm / (scan_shared(p, v) + 1024),
+                                         t.registers_per_sm / (scan_registers(p, v) * 32 * v.scan_warps)),
+                                1, 16);
   const double ctas = static_cast<double>(s.sequences) * p.value_heads * value_tiles(p, v);
   const double slots = static_cast<double>(t.multiprocessors) * per_sm;
   const double waves = std::max(1.0, std::ceil(ctas / slots));
@@ -177,7 +173,7 @@ double scan_us(const Problem& p, const Variant& v, const Target& t, const Sizes&
   const double step = std::max(kStepUs + products * kProductUs * std::max(1.0, per_scheduler * 0.8),
                                resident * warps * products / 2 * 512 * kSharedReadUs);
   // Every value tile reads the records once more, from L2.
-  const double bytes = static_cast<double>(record_of(p, v).bytes) / v.chunk + p.value_dim * size_of(p.dtype);
+  const double bytes = static_cast<double>(record_bytes(p, v)) / v.chunk + p.value_dim * size_of(p.dtype);
   const double memory = static_cast<double>(s.batch * s.tokens) * p.value_heads * bytes / kBytesPerUs;
   return kLaunchUs + std::max(memory, waves * chunks * step);
 }

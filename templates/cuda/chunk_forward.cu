@@ -12,7 +12,7 @@ KDA_KERNEL(256, 1) kda_schedule(KDA_GRID_CONSTANT kda::KernelArgs args) {
                              reinterpret_cast<int*>(shared_memory()));
 }
 
-KDA_KERNEL(kda::kPrepareThreads, kda::Config::prepare_warps == 4 ? 3 : 2)
+KDA_KERNEL(kda::kPrepareThreads, kda::prepare_ctas())
 kda_forward_prepare(KDA_GRID_CONSTANT kda::KernelArgs args) {
   kda::prepare_chunks(args);
 }

@@ -2,7 +2,7 @@
 // Chunk-parallel part of the forward: from q, k, v, g and beta of some chunks of one value head to their
 // factor records (record.cuh). No chunk needs another.
 //
-// Budget at K = V = 128, bf16, C = 64, 4 warps: reads 1,026 B and writes 1,144 B a token and head, 77 KB of
+// Budget at K = V = 128, bf16, C = 64, 4 warps: reads 1,026 B and writes 1,112 B a token and head, 77 KB of
 // shared memory so that 3 CTAs share an SM and cover each other's barriers (8 + C/16 of them), about 55
 // instructions an element, 1,060 mma.sync of 16x8x16.
 #include "chunk_forward/record.cuh"
@@ -51,6 +51,11 @@ struct PrepareShared {
   static constexpr int bytes = pair_end > solve_end ? pair_end : solve_end;
 };
 static_assert(sizeof(ChunkSpan) == 24);
+/// CTAs that share an SM of 228 KB; registers are limited accordingly.
+constexpr int prepare_ctas() {
+  constexpr int fit = 233472 / (PrepareShared::bytes + 1024);
+  return fit > 3 ? 3 : fit < 1 ? 1 : fit;
+}
 
 template <class T>
 KDA_DEVICE T* shared_at(int offset) {
@@ -82,7 +87,7 @@ KDA_DEVICE void write_state_keys(const PrepareMap& map, unsigned char* record) {
   const auto* raw = shared_at<Config::Element>(PrepareShared::row_k) + place;
   const Operand* high = shared_at<Operand>(PrepareShared::decayed_k) + place;
   const Operand* low = shared_at<Operand>(PrepareShared::column_k) + place;
-  auto* out = reinterpret_cast<Operand*>(record + Record::k) + local_tile * kTileRows * stride + map.channel;
+  auto* out = reinterpret_cast<Operand*>(record + Record::k);
   float after[width] = {};
   sum_other_tiles<true>(prepare_sums(), map.tile, map.channel, after);
 #pragma unroll 4
@@ -95,7 +100,7 @@ KDA_DEVICE void write_state_keys(const PrepareMap& map, unsigned char* record) {
       k[i] *= factor[r] * exp2_fast(after[i]);
       after[i] += g[i];
     }
-    store_operands(out + r * stride, k);
+    store_operands(out + Record::KeyTile::place(local_tile * kTileRows + r, map.channel), k);
   }
   if (local_tile == 0) {
     // The running sum has reached the chunk's start: tot.
@@ -119,8 +124,7 @@ KDA_DEVICE void write_operands(const PrepareMap& map, unsigned char* record) {
   Operand* column_k = shared_at<Operand>(PrepareShared::column_k) + place;
   Operand* decayed_k = shared_at<Operand>(PrepareShared::decayed_k) + place;
   Operand* out = nullptr;
-  if (record != nullptr)
-    out = reinterpret_cast<Operand*>(record + Record::q) + local_tile * kTileRows * stride + map.channel;
+  if (record != nullptr) out = reinterpret_cast<Operand*>(record + Record::q);
 
   float start[width] = {}, sum[width] = {}, anchored[width];
   const GateSums sums = prepare_sums();
@@ -158,7 +162,8 @@ KDA_DEVICE void write_operands(const PrepareMap& map, unsigned char* record) {
     }
     store_operands(column_k + r * stride, x);
     store_operands(decayed_k + r * stride, y);
-    if (out != nullptr) store_operands(out + r * stride, q);
+    if (out != nullptr)
+      store_operands(out + Record::KeyTile::place(local_tile * kTileRows + r, map.channel), q);
   }
 }
 
@@ -193,42 +198,42 @@ KDA_DEVICE void write_pairs(const KernelArgs& args, i64 first_chunk, const Chunk
   }
 }
 
-/// One warp: 16 channels of W = T k 2^G of a chunk. From the nearest tile backwards: k's decay counts from
-/// its own tile's start, so the sum over farther tiles is scaled as it moves on.
+/// One warp: 16 channels of W = T k 2^G of a chunk. Tiles j from the last to the first: k's decay counts from
+/// its own tile's start, so the sums over later tiles are scaled as j moves on.
 KDA_DEVICE void write_w(const TransposedT& t_transposed, int first_row, int block, unsigned char* record) {
   const Operand* keys = shared_at<Operand>(PrepareShared::decayed_k) + first_row * Tile<kPaddedK>::stride;
-  u32 k[kChunkTiles][4];
-  float decay[kChunkTiles][4];
+  const float* total = shared_at<float>(PrepareShared::total) + first_row / kTileRows * kPaddedK;
+  Accumulator w[kChunkTiles];
 #pragma unroll
-  for (int j = 0; j < kChunkTiles; ++j) {
-    load_b_transposed<kPaddedK>(k[j], keys, j * kTileRows, block * 16);
+  for (int j = kChunkTiles - 1; j >= 0; --j) {
+    u32 k[4];
+    load_b_transposed<kPaddedK>(k, keys, j * kTileRows, block * 16);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int channel = block * 16 + (e >> 1) * 8 + (lane_index() & 3) * 2 + (e & 1);
-      const float* total = shared_at<float>(PrepareShared::total) + first_row / kTileRows * kPaddedK;
-      decay[j][e] = exp2_fast(total[j * kPaddedK + channel]);
+    for (int n = 0; n < 2; ++n) {
+      float decay[2];
+      load_elements(total + j * kPaddedK + block * 16 + n * 8 + (lane_index() & 3) * 2, decay);
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        decay[e] = exp2_fast(decay[e]);
+#pragma unroll
+      for (int i = j + 1; i < kChunkTiles; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          w[i].d[n][e] *= decay[e & 1];
+    }
+#pragma unroll
+    for (int i = j; i < kChunkTiles; ++i) {
+      u32 t[4];
+      load_a_transposed<Config::chunk>(t, t_transposed.high, j * kTileRows, i * kTileRows);
+      multiply_add(w[i], t, k);
+      load_a_transposed<Config::chunk>(t, t_transposed.low, j * kTileRows, i * kTileRows);
+      multiply_add(w[i], t, k);
     }
   }
 #pragma unroll
   for (int i = 0; i < kChunkTiles; ++i) {
-    Accumulator w;
-#pragma unroll
-    for (int j = i; j >= 0; --j) {
-      u32 t[4];
-      if (j < i) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            w.d[n][e] *= decay[j][n * 2 + (e & 1)];
-      }
-      load_a_transposed<Config::chunk>(t, t_transposed.high, j * kTileRows, i * kTileRows);
-      multiply_add(w, t, k[j]);
-      load_a_transposed<Config::chunk>(t, t_transposed.low, j * kTileRows, i * kTileRows);
-      multiply_add(w, t, k[j]);
-    }
     // As the B operand of S^T W^T: tokens are N. Rows 0..7 give its first two words.
-    const Word4 a = pack_a(w);
+    const Word4 a = pack_a(w[i]);
     *fragment(record + Record::w, i * kKeyBlocks + block) = Word4{{a.w[0], a.w[2], a.w[1], a.w[3]}};
   }
 }
@@ -236,27 +241,26 @@ KDA_DEVICE void write_w(const TransposedT& t_transposed, int first_row, int bloc
 /// One warp: 16 columns of u = T v of a chunk, transposed.
 KDA_DEVICE void write_u(const TransposedT& t_transposed, int first_row, int block, unsigned char* record) {
   const Operand* values = shared_at<Operand>(PrepareShared::v) + first_row * Tile<kPaddedV>::stride;
-  u32 v[kChunkTiles][4];
+  Accumulator u[kChunkTiles];
 #pragma unroll
   for (int j = 0; j < kChunkTiles; ++j) {
-    load_a_transposed<kPaddedV>(v[j], values, j * kTileRows, block * 16);
+    u32 v[4];
+    load_a_transposed<kPaddedV>(v, values, j * kTileRows, block * 16);
 #pragma unroll
     for (int w = 0; w < 4; ++w)
-      v[j][w] = as_operand<Config::Element>(v[j][w]);
-  }
+      v[w] = as_operand<Config::Element>(v[w]);
 #pragma unroll
-  for (int i = 0; i < kChunkTiles; ++i) {
-    Accumulator u;
-#pragma unroll
-    for (int j = 0; j <= i; ++j) {
+    for (int i = j; i < kChunkTiles; ++i) {
       u32 t[4];
       load_b_transposed<Config::chunk>(t, t_transposed.high, j * kTileRows, i * kTileRows);
-      multiply_add(u, v[j], t);
+      multiply_add(u[i], v, t);
       load_b_transposed<Config::chunk>(t, t_transposed.low, j * kTileRows, i * kTileRows);
-      multiply_add(u, v[j], t);
+      multiply_add(u[i], v, t);
     }
-    *fragment(record + Record::u, block * kChunkTiles + i) = pack_a(u);
   }
+#pragma unroll
+  for (int i = 0; i < kChunkTiles; ++i)
+    *fragment(record + Record::u, block * kChunkTiles + i) = pack_a(u[i]);
 }
 
 KDA_DEVICE void prepare_chunks(const KernelArgs& args) {

@@ -11,15 +11,16 @@ constexpr int kFragmentBytes = 512;
 constexpr int kKeyBlocks = kPaddedK / 16;
 constexpr int kValueBlocks = kPaddedV / 16;
 
-/// Byte offsets. The scan copies [0, u) as it is, and u by value tile.
+/// Byte offsets. The scan copies [0, u) as it is, and u by value tile. q and k are swizzled and not padded:
+/// rows that do not begin at a sector would leave sectors half written.
 struct Record {
-  static constexpr int key_tile = Tile<kPaddedK>::bytes(Config::chunk);
+  using KeyTile = SwizzledTile<kPaddedK>;
   static constexpr int w = 0; ///< W, B fragments [token tile][channel block]
   static constexpr int m = w + kChunkTiles * kKeyBlocks * kFragmentBytes; ///< M, A fragments [pair_place]
   static constexpr int decay = m + kChunkPairs * kFragmentBytes;          ///< 2^tot, fp32 [kPaddedK]
-  static constexpr int q = decay + kPaddedK * 4;                          ///< scale q 2^G, a Tile<kPaddedK>
-  static constexpr int k = q + key_tile;                                  ///< k 2^(tot - G), a Tile<kPaddedK>
-  static constexpr int u = k + key_tile; ///< u^T, fragments of accumulators [value block][token tile]
+  static constexpr int q = decay + kPaddedK * 4;                          ///< scale q 2^G, a KeyTile
+  static constexpr int k = q + KeyTile::bytes(Config::chunk);             ///< k 2^(tot - G), a KeyTile
+  static constexpr int u = k + KeyTile::bytes(Config::chunk); ///< u^T, accumulators [value block][token tile]
   static constexpr int bytes = u + Config::chunk * kPaddedV * 2;
 };
 

@@ -178,7 +178,7 @@ KDA_DEVICE void scan_chunk(ScanState& state, const unsigned char* stage, int blo
         mma_16x8x16<Operand>(ws[i].d[0], rounded[c], w.w[0], w.w[1]);
         mma_16x8x16<Operand>(ws[i].d[1], rounded[c], w.w[2], w.w[3]);
         u32 a[4];
-        load_a<kPaddedK>(a, q, (first + i) * kTileRows, c * 16);
+        load_a_swizzled<kPaddedK>(a, q, (first + i) * kTileRows, c * 16);
         mma_16x8x16<Operand>(out[i].d[0], a, rounded[c][0], rounded[c][2]);
         mma_16x8x16<Operand>(out[i].d[1], a, rounded[c][1], rounded[c][3]);
       }
@@ -210,7 +210,7 @@ KDA_DEVICE void scan_chunk(ScanState& state, const unsigned char* stage, int blo
 #pragma unroll
       for (int i = 0; i < kScanGroup; ++i) {
         u32 b[4];
-        load_b_transposed<kPaddedK>(b, k, (first + i) * kTileRows, c * 16);
+        load_b_transposed_swizzled<kPaddedK>(b, k, (first + i) * kTileRows, c * 16);
         mma_16x8x16<Operand>(state.s[2 * c], u[first + i], b[0], b[1]);
         mma_16x8x16<Operand>(state.s[2 * c + 1], u[first + i], b[2], b[3]);
       }

@@ -24,6 +24,19 @@ struct Tile {
   static constexpr int bytes(int rows) { return rows * stride * 2; }
 };
 
+/// The same without padding, for what is copied as it lies: the 16-byte pieces of a row change places by
+/// XOR with a number that depends on the row, just enough to spread 8 rows over all bank groups.
+template <int columns>
+struct SwizzledTile {
+  static constexpr int pieces = columns / 8; // even
+  static constexpr int spread = pieces % 8 == 0 ? 8 : pieces % 4 == 0 ? 4 : 2;
+  static constexpr int bytes(int rows) { return rows * columns * 2; }
+  /// Element (row, column); columns of one piece stay neighbours.
+  KDA_DEVICE static int place(int row, int column) {
+    return row * columns + (((column >> 3) ^ (row / (8 / spread) & (spread - 1))) << 3) + (column & 7);
+  }
+};
+
 /// A (16 rows of M, 16 of K) at (row, column) of a matrix stored [M][K].
 template <int columns>
 KDA_DEVICE void load_a(u32 (&a)[4], const Operand* x, int row, int column) {
@@ -49,6 +62,17 @@ template <int columns>
 KDA_DEVICE void load_b_transposed(u32 (&b)[4], const Operand* x, int k, int n) {
   const int lane = lane_index();
   load_matrix_x4_transposed(b, x + (k + (lane & 15)) * Tile<columns>::stride + n + (lane >> 4) * 8);
+}
+
+template <int columns>
+KDA_DEVICE void load_a_swizzled(u32 (&a)[4], const Operand* x, int row, int column) {
+  const int lane = lane_index();
+  load_matrix_x4(a, x + SwizzledTile<columns>::place(row + (lane & 15), column + (lane >> 4) * 8));
+}
+template <int columns>
+KDA_DEVICE void load_b_transposed_swizzled(u32 (&b)[4], const Operand* x, int k, int n) {
+  const int lane = lane_index();
+  load_matrix_x4_transposed(b, x + SwizzledTile<columns>::place(k + (lane & 15), n + (lane >> 4) * 8));
 }
 
 /// 16x16 accumulators: d[n] holds columns 8n..8n+7.
