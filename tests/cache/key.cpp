@@ -51,6 +51,7 @@ TEST_CASE("changing any field changes the digest", "[key]") {
 
 TEST_CASE("where a field ends is part of the key", "[key]") {
   CHECK(digest({{"a", "ab"}, {"b", "c"}}) != digest({{"a", "a"}, {"b", "bc"}}));
+  CHECK(digest({{"a", "x\nb y"}}) != digest({{"a", "x"}, {"b", "y"}}));
   CHECK(digest({{"a", "x\nb 1\ny"}}) != digest({{"a", "x"}, {"b", "y"}}));
   CHECK(digest({{"a", ""}, {"b", ""}}) != digest({{"a", ""}}));
   CHECK(digest({{"a", "1"}, {"b", "2"}}) != digest({{"b", "2"}, {"a", "1"}}));

@@ -52,7 +52,8 @@ TEST_CASE("without a directory everything works in memory", "[store]") {
 
 TEST_CASE("threads that want the same key share one make", "[store]") {
   const Scratch scratch;
-  Store store({.directory = scratch.path()});
+  // Without a directory there is no lock file that could do the work of the threads' own turn.
+  Store store({.directory = GENERATE(true, false) ? scratch.path() : fs::path()});
   std::atomic<int> made = 0;
   std::atomic<int> right = 0;
   std::vector<std::jthread> threads;

@@ -138,7 +138,7 @@ TEST_CASE("a file that is not a database gives a memory database, a warning, and
 TEST_CASE("a database of another program or schema is not touched", "[tuning]") {
   const Scratch scratch;
   const char* sql =
-      GENERATE("CREATE TABLE theirs(x)",
+      GENERATE("CREATE TABLE theirs(x)", "CREATE TABLE candidate(x); PRAGMA user_version = 1",
                "CREATE TABLE candidate(x); PRAGMA application_id = 19268; PRAGMA user_version = 99");
   const fs::path file = scratch.path() / "tuning.sqlite";
   execute(file, sql);

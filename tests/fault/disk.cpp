@@ -73,10 +73,12 @@ TEST_CASE("a file that can be seen but not read is a miss", "[fault]") {
   (void)Store({.directory = scratch.path()}).get_or_make(key_of("a"), [] { return entry_of("old"); });
   Warnings warnings;
   Store store({.directory = scratch.path(), .warn = warnings.sink});
-  const Failing failing(Call::read, GENERATE(ESTALE, EIO));
+  const int error = GENERATE(ESTALE, EIO);
+  const Failing failing(Call::read, error);
   CHECK(store.get_or_make(key_of("a"), [] { return entry_of("new"); })->payload == "new");
   CHECK(failing.count() > 0);
-  CHECK(warnings.texts.size() == 1);
+  REQUIRE(warnings.texts.size() == 1);
+  CHECK(warnings.texts[0].find(std::generic_category().message(error)) != std::string::npos);
 }
 
 TEST_CASE("without locks every process makes its own", "[fault]") {
