@@ -148,15 +148,15 @@ TEST_CASE("verify reports what is wrong with each file and removes it when asked
 
 TEST_CASE("clear removes every entry, also from memory, and nothing else", "[store]") {
   const Scratch scratch;
-  spill(scratch.path() / "tuning.sqlite", "rows");
   Store store({.directory = scratch.path()});
+  spill(store.directory() / "tuning.sqlite", "rows");
   for (const char* name : {"a", "b", "c"})
     (void)store.get_or_make(key_of(name), [] { return entry_of("image"); });
   CHECK(store.clear() == 3);
   CHECK(store.clear() == 0);
   CHECK(store.stats().entries == 0);
   CHECK_FALSE(store.get(key_of("a")));
-  CHECK(slurp(scratch.path() / "tuning.sqlite") == "rows");
+  CHECK(slurp(store.directory() / "tuning.sqlite") == "rows");
   CHECK(store.get_or_make(key_of("a"), [] { return entry_of("image"); }));
   CHECK(store.stats().entries == 1);
 }
