@@ -13,7 +13,7 @@ KDA_KERNEL(1024, 1) kernel(KDA_GRID_CONSTANT KernelArgs args) {
   [[maybe_unused]] const float* in = static_cast<const float*>(args.workspace[0]);
   [[maybe_unused]] float* out = static_cast<float*>(args.workspace[1]);
   [[maybe_unused]] float* shared = reinterpret_cast<float*>(shared_memory());
-  [[maybe_unused]] const int thread = thread_index(), lane = lane_index(), warp = warp_index();
+  [[maybe_unused]] const int thread = thread_index(), lane = lane_index(), warp = thread / 32;
 #line 1
 )" + body + "\n}\n";
   for (const char* name :

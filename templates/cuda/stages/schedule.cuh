@@ -26,6 +26,7 @@ KDA_DEVICE i64 chunks_of(i64 tokens) {
 template <int threads>
 KDA_DEVICE void write_chunk_offsets(const KernelArgs& args, int* offsets, int* warp_totals) {
   const auto* cu = static_cast<const Config::Index*>(args.cu_seqlens);
+  const int warp = warp_index();
   int before = 0;
   for (int base = 0; base < args.sequences; base += threads) {
     const int n = base + thread_index();
@@ -37,11 +38,11 @@ KDA_DEVICE void write_chunk_offsets(const KernelArgs& args, int* offsets, int* w
       if (lane_index() >= delta) sum += other;
     }
     sync_block();
-    if (lane_index() == 31) warp_totals[warp_index()] = sum;
+    if (lane_index() == 31) warp_totals[warp] = sum;
     sync_block();
     int all = 0, earlier = 0;
     for (int w = 0; w < threads / 32; ++w) {
-      if (w == warp_index()) earlier = all;
+      if (w == warp) earlier = all;
       all += warp_totals[w];
     }
     if (n < args.sequences) offsets[n] = before + earlier + sum - count;

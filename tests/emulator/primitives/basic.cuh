@@ -135,9 +135,6 @@ KDA_DEVICE int grid_size_x() {
 KDA_DEVICE int lane_index() {
   return thread_index() & 31;
 }
-KDA_DEVICE int warp_index() {
-  return thread_index() >> 5;
-}
 
 KDA_DEVICE unsigned char* shared_memory() {
   return static_cast<unsigned char*>(__builtin_assume_aligned(emulator::current().shared, 1024));
@@ -156,6 +153,11 @@ KDA_DEVICE u32 shuffle(u32 x, int lane) {
   emulator::ShuffleArguments arguments{x, lane, 0};
   emulator::current().services->collective(emulator::WarpOperation::shuffle, &arguments);
   return arguments.result;
+}
+/// A warp operation as on the device, so that a call which not every lane reaches is found here and not as a
+/// hang there.
+KDA_DEVICE int warp_index() {
+  return static_cast<int>(shuffle(static_cast<u32>(thread_index() >> 5), 0));
 }
 KDA_DEVICE u32 shuffle_xor(u32 x, int mask) {
   return shuffle(x, lane_index() ^ mask);
