@@ -309,10 +309,15 @@ Result<RunReport> run_case(const Backend& backend, const TestCase& c, const Vari
 
 Result<RunReport> run_unit(const Backend& backend, const SourceUnit& unit, const TestCase& c,
                            const Variant& variant, RunOptions options) {
-  const Problem& p = c.inputs.problem;
   const auto image = backend.compile(unit);
   if (!image) return tl::unexpected(image.error());
-  const auto module = backend.load(unit, *image);
+  return run_image(backend, unit, *image, c, variant, options);
+}
+
+Result<RunReport> run_image(const Backend& backend, const SourceUnit& unit, const Image& image,
+                            const TestCase& c, const Variant& variant, RunOptions options) {
+  const Problem& p = c.inputs.problem;
+  const auto module = backend.load(unit, image);
   if (!module) return tl::unexpected(module.error());
 
   Call call(backend, c, options);

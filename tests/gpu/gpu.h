@@ -1,0 +1,84 @@
+#pragma once
+// The GPU that the tests of this folder run on. Without one they are skipped, aloud.
+#include "call_tensors.h"
+#include "cuda_backend.h"
+#include "scratch.h"
+#include <catch2/catch.hpp>
+#include <cstdlib>
+
+namespace kda::test {
+
+inline std::optional<std::filesystem::path> nvrtc_path() {
+  const char* const path = std::getenv("KDA_JIT_NVRTC");
+  return path == nullptr ? std::nullopt : std::optional<std::filesystem::path>(path);
+}
+
+/// cuda:0 and its compiler, made once; null where either is absent.
+inline std::shared_ptr<const Backend> gpu() {
+  static const Result<std::shared_ptr<Backend>> backend = []() -> Result<std::shared_ptr<Backend>> {
+    const auto driver = CudaDriver::open();
+    if (!driver) return tl::unexpected(driver.error());
+    auto made = make_cuda_backend(*driver, 0, Nvrtc::open(nvrtc_path()));
+    if (!made) return made;
+    if (const auto compiler = (*made)->compiler(); !compiler) return tl::unexpected(compiler.error());
+    return made;
+  }();
+  if (!backend)
+    WARN("SKIPPED, " << backend.error().message
+                     << "; on a machine with a GPU: ctest --test-dir build -L gpu");
+  return backend ? *backend : nullptr;
+}
+
+/// An empty directory: memory only.
+inline Engine gpu_engine(const std::filesystem::path& directory = {}) {
+  EngineOptions options;
+  options.cache_directory = directory;
+  options.nvrtc = nvrtc_path();
+  options.log = [](std::string_view) {};
+  return Engine::create(std::move(options)).value();
+}
+
+inline constexpr Device kGpu{Device::Kind::cuda, 0};
+
+/// The layer of a production model; H query/key heads and as many value heads.
+inline Problem production(Operation operation, int heads) {
+  Problem p;
+  p.operation = operation;
+  p.heads = p.value_heads = heads;
+  p.gate = GateKind::bounded;
+  p.dt_bias = p.beta_sigmoid = p.qk_l2norm = true;
+  p.state_layout = StateLayout::v_k;
+  return p;
+}
+
+/// A prepared kernel, its tensors and its workspace.
+struct Call {
+  Kernel kernel;
+  CallTensors tensors;
+  std::size_t bytes;
+  void* workspace;
+  std::shared_ptr<const Backend> backend;
+
+  Call(const Engine& engine, std::shared_ptr<const Backend> on, const Problem& p, const Sizes& s,
+       const std::optional<Variant>& variant = std::nullopt, std::uint64_t seed = 1)
+      : kernel(engine.prepare(engine.plan(p, kGpu, s, variant).value()).value()), tensors(on),
+        bytes(kernel.workspace_bytes(s).value()), workspace(on->allocate(bytes).value()),
+        backend(std::move(on)) {
+    REQUIRE(tensors.create(p, s, seed));
+    REQUIRE(tensors.poison());
+    REQUIRE(backend->fill(workspace, 0xFFFFFFFF, bytes / 4, nullptr));
+    REQUIRE(backend->synchronize());
+  }
+  ~Call() { backend->release(workspace); }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  Status execute(void* stream = nullptr) const {
+    return kernel.execute(tensors.args(), workspace, bytes, stream);
+  }
+  [[nodiscard]] reference::Array output(const std::string& name) const {
+    return tensors.output(name).value();
+  }
+};
+
+} // namespace kda::test
