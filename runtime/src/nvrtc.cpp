@@ -156,6 +156,7 @@ Result<std::shared_ptr<const Nvrtc>> Nvrtc::open(const std::optional<std::filesy
     size = std::filesystem::file_size(std::filesystem::canonical(info.dli_fname, error), error);
   auto self = std::make_shared<Nvrtc>();
   self->f_ = std::move(f);
+  self->major_ = major;
   self->identity_ = fmt::format("nvrtc {}.{} {}", major, minor, error ? 0 : size);
   return std::shared_ptr<const Nvrtc>(std::move(self));
 }
@@ -168,9 +169,13 @@ Result<Image> Nvrtc::compile(const SourceUnit& unit) const {
   }
   for (const std::string& o : unit.options)
     options.push_back(o.c_str());
-  // The driver keeps a cache of its own, which would hide what a compile costs; ours replaces it.
-  for (const char* extra : {"--no-cache", "--ptxas-options=-v", "--ptxas-options=--warn-on-spills"})
+  for (const char* extra : {"--ptxas-options=-v", "--ptxas-options=--warn-on-spills"})
     options.push_back(extra);
+  // The driver keeps a cache of its own, which would hide what a compile costs; ours replaces it. The kernels
+  // of a unit compile in threads, to the same code.
+  if (major_ >= 13)
+    for (const char* extra : {"--no-cache", "--split-compile=0"})
+      options.push_back(extra);
 
   Functions::Program program = nullptr;
   int code = f_->create(&program, unit.main.c_str(), unit.name.c_str(), static_cast<int>(names.size()),

@@ -25,6 +25,7 @@ private:
   struct Functions;
   std::shared_ptr<const Functions> f_;
   std::string identity_;
+  int major_ = 0;
 };
 
 /// Parses "ptxas info" lines: one entry a kernel.
