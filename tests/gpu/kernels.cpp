@@ -1,6 +1,8 @@
-// Every variant that is offered for this GPU, on small cases in every decay regime, against float64.
+// Every variant that is offered for this GPU against float64, on small cases in every decay regime. A minute
+// on 16 cores, nearly all of it in NVRTC.
 #include "gpu.h"
 #include "run_case.h"
+#include <algorithm>
 #include <atomic>
 #include <fmt/format.h>
 #include <mutex>
@@ -44,7 +46,8 @@ std::vector<CaseOptions> cases(Operation operation) {
   raw.problem.gate = GateKind::log_e;
   raw.problem.gate_dtype = DType::fp32;
   raw.problem.state_dtype = DType::bf16;
-  raw.regime = Regime::spikes;
+  const bool gate = operation == Operation::gate || operation == Operation::gate_backward;
+  raw.regime = gate ? Regime::unbounded : Regime::spikes; // -inf has no relative error
   return {packed, standard, odd, raw};
 }
 
