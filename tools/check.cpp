@@ -25,7 +25,7 @@ struct Row {
 /// are the hardest.
 double limit(const std::string& tensor, DType dtype) {
   const bool gradient = tensor.size() > 1 && tensor[0] == 'd';
-  if (dtype == DType::fp32) return gradient ? 1e-4 : 2e-5;
+  if (dtype == DType::fp32) return 2e-5;
   if (tensor == "o") return 5e-3;
   if (!gradient) return 4e-3;
   return tensor == "dg" || tensor == "dA_log" || tensor == "dbeta" ? 2e-2 : 1e-2;

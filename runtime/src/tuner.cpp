@@ -128,9 +128,8 @@ private:
     return ok ? done : ok;
   }
 
-  /// Kernel texts do not know head counts, so candidates are checked on one group of heads: forward forms
-  /// against the token kernel of this device (itself checked against float64), everything else against
-  /// float64.
+  /// Kernel texts do not know head counts, so candidates are checked on one group of heads, small enough for
+  /// the float64 reference: stronger than another kernel of this device would be.
   Status validate() {
     Problem small = p_;
     small.value_heads = p_.value_heads / p_.heads;
