@@ -1,6 +1,7 @@
 // chunk_forward.cu on the emulator against the float64 recurrence.
 #include "emulator.h"
 #include "kda/case_io.h"
+#include "option_matrix.h"
 #include "pairwise.h"
 #include "run_case.h"
 #include <array>
@@ -52,11 +53,6 @@ test::CaseOptions forward_case(int key_dim, int value_dim, std::int64_t tokens) 
 constexpr std::array<std::array<int, 2>, 4> kDims{{{64, 64}, {60, 100}, {48, 32}, {96, 60}}};
 constexpr std::array kTypes{DType::bf16, DType::fp16};
 constexpr std::array kAllTypes{DType::fp32, DType::bf16, DType::fp16};
-constexpr std::array kGates{GateKind::log_e, GateKind::log2, GateKind::softplus, GateKind::bounded,
-                            GateKind::bounded_no_a};
-constexpr std::array kRegimes{test::Regime::fast, test::Regime::slow, test::Regime::unbounded,
-                              test::Regime::spikes};
-constexpr std::array<std::array<int, 2>, 3> kHeads{{{1, 1}, {1, 3}, {2, 4}}};
 constexpr std::array kVariants{"chunk c=64 vt=64 pw=4 sw=4 st=2", "chunk c=32 vt=32 pw=8 sw=4 st=3",
                                "chunk c=16 vt=16 pw=4 sw=8 st=4", "chunk c=64 vt=32 pw=8 sw=4 st=2"};
 enum Shape { fixed, packed_int32, packed_int64, shapes };
@@ -85,23 +81,13 @@ TEST_CASE("chunk forward: every two options together") {
     p.gate_dtype = kAllTypes[at(2)];
     p.beta_dtype = kAllTypes[at(3)];
     p.state_dtype = kAllTypes[at(4)];
-    p.state_layout = row[5] == 0 ? StateLayout::k_v : StateLayout::v_k;
-    p.gate = kGates[at(6)];
-    const bool precomputed = p.gate == GateKind::log_e || p.gate == GateKind::log2;
-    p.dt_bias = row[7] == 1 && !precomputed;
-    p.beta_sigmoid = row[8] > 0;
-    p.beta_times_two = row[8] > 1;
-    p.qk_l2norm = row[9] == 1;
-    p.heads = kHeads[at(10)][0];
-    p.value_heads = kHeads[at(10)][1];
+    test::set_flags(o, row);
     set_shape(o, static_cast<Shape>(row[11]));
-    o.initial_state = row[12] == 1;
-    o.regime = precomputed || row[15] < 3 ? kRegimes[at(15)] : test::Regime::fast;
     o.seed = index + 1;
     const Variant v = variant(kVariants[at(16)]);
     emulator::Options order;
     order.seed = index++ % 4;
-    check_report(run(test::random_case(o), v, {row[13] == 1, row[14] == 1}, order), p, v);
+    check_report(run(test::random_case(o), v, test::run_of(row), order), p, v);
   }
 }
 

@@ -1,8 +1,7 @@
 // recurrent_backward.cu on the emulator against the float64 adjoint.
 #include "emulator.h"
+#include "option_matrix.h"
 #include "pairwise.h"
-#include "run_case.h"
-#include <array>
 #include <catch2/catch.hpp>
 #include <cmath>
 
@@ -62,68 +61,13 @@ void check_case(const test::CaseOptions& options, const Variant& v, const test::
   }
 }
 
-// One array an option; pairwise rows index them.
-constexpr std::array<std::array<int, 2>, 6> kDims{
-    {{128, 128}, {60, 100}, {100, 60}, {16, 256}, {196, 16}, {32, 36}}};
-constexpr std::array kTypes{DType::bf16, DType::fp16, DType::fp32};
-constexpr std::array kGates{GateKind::log_e, GateKind::log2, GateKind::softplus, GateKind::bounded,
-                            GateKind::bounded_no_a};
-constexpr std::array kRegimes{test::Regime::fast, test::Regime::slow, test::Regime::unbounded,
-                              test::Regime::spikes};
-constexpr std::array<std::array<int, 2>, 3> kHeads{{{1, 1}, {1, 3}, {2, 4}}};
-enum Shape { fixed, one_token, no_token, packed_int32, packed_int64, shapes };
-
-void set_shape(test::CaseOptions& o, Shape shape) {
-  switch (shape) {
-  case fixed:
-    o.batch = 2;
-    o.tokens = 11;
-    return;
-  case one_token:
-    o.batch = 3;
-    o.tokens = 1;
-    return;
-  case no_token: o.tokens = 0; return;
-  default: break;
-  }
-  o.problem.varlen = true;
-  o.problem.cu_seqlens_type = shape == packed_int32 ? IndexType::int32 : IndexType::int64;
-  o.lengths = {0, 9, 1, 0, 4};
-  o.padding = shape == packed_int32 ? 5 : 0;
-}
-
 } // namespace
 
 TEST_CASE("token backward: every two options together") {
-  const std::vector<int> sizes{6, 3, 3, 3, 3, 2, 5, 2, 3, 2, 3, shapes, 2, 2, 2, 4, 6};
-  int index = 0;
-  for (const std::vector<int>& row : test::pairwise(sizes)) {
-    const auto at = [&](std::size_t i) { return static_cast<std::size_t>(row[i]); };
-    test::CaseOptions o;
-    Problem& p = o.problem;
-    p.operation = Operation::backward;
-    p.key_dim = kDims[at(0)][0];
-    p.value_dim = kDims[at(0)][1];
-    p.dtype = kTypes[at(1)];
-    p.gate_dtype = kTypes[at(2)];
-    p.beta_dtype = kTypes[at(3)];
-    p.state_dtype = kTypes[at(4)];
-    p.state_layout = row[5] == 0 ? StateLayout::k_v : StateLayout::v_k;
-    p.gate = kGates[at(6)];
-    const bool precomputed = p.gate == GateKind::log_e || p.gate == GateKind::log2;
-    p.dt_bias = row[7] == 1 && !precomputed;
-    p.beta_sigmoid = row[8] > 0;
-    p.beta_times_two = row[8] > 1;
-    p.qk_l2norm = row[9] == 1;
-    p.heads = kHeads[at(10)][0];
-    p.value_heads = kHeads[at(10)][1];
-    set_shape(o, static_cast<Shape>(row[11]));
-    o.initial_state = row[12] == 1;
-    o.regime = precomputed || row[15] < 3 ? kRegimes[at(15)] : test::Regime::fast;
-    o.seed = static_cast<std::uint64_t>(index);
-    const std::vector<Variant> variants = accepted(p);
-    check_case(o, variants[at(16) * variants.size() / 6], {row[13] == 1, row[14] == 1},
-               static_cast<std::uint64_t>(index++ % 3));
+  std::uint64_t index = 0;
+  for (const std::vector<int>& row : test::pairwise(test::kOptionSizes)) {
+    const test::CaseOptions o = test::case_of(row, Operation::backward, index);
+    check_case(o, test::variant_of(row, accepted(o.problem)), test::run_of(row), index++ % 3);
   }
 }
 
