@@ -27,9 +27,40 @@ void collective(WarpOperation operation, void* arguments) {
   Fiber& fiber = current_fiber();
   fiber.cta->collective(fiber, operation, arguments, __builtin_return_address(0));
 }
-void barrier(int id, int threads) {
+void barrier(int id, int threads, bool arrive_only) {
   Fiber& fiber = current_fiber();
-  fiber.cta->barrier(fiber, id, threads, __builtin_return_address(0));
+  fiber.cta->barrier(fiber, id, threads, arrive_only, __builtin_return_address(0));
+}
+void group(GroupOperation operation, void* arguments) {
+  Fiber& fiber = current_fiber();
+  fiber.cta->group(fiber, operation, arguments, __builtin_return_address(0));
+}
+bool mbarrier(MbarrierOperation operation, void* barrier, unsigned value) {
+  Fiber& fiber = current_fiber();
+  return fiber.cta->mbarrier(fiber, operation, barrier, value, __builtin_return_address(0));
+}
+void bulk(const BulkCopy* copy) {
+  Fiber& fiber = current_fiber();
+  fiber.cta->bulk(fiber, *copy, __builtin_return_address(0));
+}
+void bulk_commit() {
+  ++current_fiber().bulk_groups;
+}
+void bulk_wait(int pending) {
+  Fiber& fiber = current_fiber();
+  fiber.cta->bulk_wait(fiber, pending);
+}
+// CTAs run on several threads of the host.
+unsigned atomic_add(unsigned* to, unsigned value) {
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+}
+float atomic_add_float(float* to, float value) {
+  float old = 0;
+  __atomic_load(to, &old, __ATOMIC_RELAXED);
+  for (float sum = old + value;
+       !__atomic_compare_exchange(to, &old, &sum, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);)
+    sum = old + value;
+  return old;
 }
 void copy(void* shared, const void* global, int bytes, bool valid) {
   Fiber& fiber = current_fiber();
@@ -53,7 +84,8 @@ void complete(const PendingCopy& copy) {
 
 } // namespace
 
-const Services kServices{collective, barrier, copy, commit, wait};
+const Services kServices{collective, barrier, copy,        commit,    wait,       group,
+                         mbarrier,   bulk,    bulk_commit, bulk_wait, atomic_add, atomic_add_float};
 
 Cta::~Cta() {
   if (map_ != nullptr) munmap(map_, map_bytes_);
@@ -101,6 +133,11 @@ void Cta::start(std::size_t linear) {
   shuffle_warps();
   for (Barrier& b : barriers_)
     b = {};
+  groups_.assign((count + 127) / 128, {});
+  mbarriers_.clear();
+  mbarrier_waiting_.clear();
+  loads_.clear();
+  polls_ = 0;
   live_ = job_->threads;
   error_.clear();
   for (std::size_t i = 0; i < count; ++i) {
@@ -117,6 +154,8 @@ void Cta::start(std::size_t linear) {
     f.done = false;
     f.groups = 0;
     f.copies.clear();
+    f.bulk_groups = 0;
+    f.bulk_stores.clear();
     f.stack = stacks_.prepare(i, &f, fiber_main);
     wake(f);
   }
@@ -222,30 +261,32 @@ void Cta::collective(Fiber& fiber, WarpOperation operation, void* arguments, con
   }
 }
 
-void Cta::barrier(Fiber& fiber, int id, int threads, const void* place) {
+void Cta::barrier(Fiber& fiber, int id, int threads, bool arrive_only, const void* place) {
   if (id < 0 || id > 15) fail(fmt::format("barrier {} at {}; there are 0 to 15", id, source_place(place)));
   if (id == 0 && threads == 0) threads = job_->threads;
   if (threads <= 0 || threads % 32 != 0 || threads > job_->threads)
     fail(fmt::format("barrier {} among {} threads at {}; a CTA has {}", id, threads, source_place(place),
                      job_->threads));
   Barrier& b = barriers_[static_cast<std::size_t>(id)];
-  if (b.waiting.empty()) b.threads = threads;
+  if (b.arrived == 0) b.threads = threads;
   if (b.threads != threads)
     fail(fmt::format("{} waits at barrier {} among {} threads at {}, others among {}", describe_current(), id,
                      threads, source_place(place), b.threads));
-  b.waiting.push_back(&fiber);
+  ++b.arrived;
+  if (!arrive_only) b.waiting.push_back(&fiber);
   static constexpr std::array<const char*, 16> kNames = {
       "sync_block",     "sync_named(1)",  "sync_named(2)",  "sync_named(3)",
       "sync_named(4)",  "sync_named(5)",  "sync_named(6)",  "sync_named(7)",
       "sync_named(8)",  "sync_named(9)",  "sync_named(10)", "sync_named(11)",
       "sync_named(12)", "sync_named(13)", "sync_named(14)", "sync_named(15)"};
-  if (b.waiting.size() == static_cast<std::size_t>(threads)) {
+  if (b.arrived == threads) {
     for (const Fiber* waiting : b.waiting)
       wake(*waiting);
     b.waiting.clear();
+    b.arrived = 0;
     shuffle_warps();
   }
-  block(fiber, kNames[static_cast<std::size_t>(id)], place);
+  if (!arrive_only) block(fiber, kNames[static_cast<std::size_t>(id)], place);
 }
 
 void Cta::copy(Fiber& fiber, const PendingCopy& copy) {
@@ -270,6 +311,12 @@ void Cta::wait(Fiber& fiber, int pending) {
   for (const PendingCopy& copy : fiber.copies)
     if (ready(copy)) complete(copy);
   fiber.copies.erase(std::remove_if(fiber.copies.begin(), fiber.copies.end(), ready), fiber.copies.end());
+}
+
+void Cta::yield(Fiber& fiber, const char* in, const void* place) {
+  shuffle_warps();
+  wake(fiber);
+  block(fiber, in, place);
 }
 
 std::string Cta::deadlock_report() const {

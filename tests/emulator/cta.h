@@ -1,5 +1,6 @@
 #pragma once
 // One CTA: its fibers, the scheduler, barriers and warp operations.
+#include "async.h"
 #include "cuda/kernel_args.cuh"
 #include "emulator.h"
 #include "fiber.h"
@@ -38,6 +39,8 @@ struct Fiber : Thread {
   bool done = false;
   int groups = 0; ///< committed so far
   std::vector<PendingCopy> copies;
+  int bulk_groups = 0;
+  std::vector<PendingBulk> bulk_stores;
 };
 
 /// Runs the CTAs of one worker. The shared memory of a CTA holds NaN until it is written, and ends at a page
@@ -54,9 +57,13 @@ public:
 
   // Called from fibers.
   void collective(Fiber& fiber, WarpOperation operation, void* arguments, const void* place);
-  void barrier(Fiber& fiber, int id, int threads, const void* place);
+  void barrier(Fiber& fiber, int id, int threads, bool arrive_only, const void* place);
   void copy(Fiber& fiber, const PendingCopy& copy);
   void wait(Fiber& fiber, int pending);
+  void group(Fiber& fiber, GroupOperation operation, void* arguments, const void* place);
+  bool mbarrier(Fiber& fiber, MbarrierOperation operation, void* barrier, unsigned value, const void* place);
+  void bulk(Fiber& fiber, const BulkCopy& copy, const void* place);
+  void bulk_wait(Fiber& fiber, int pending);
   [[noreturn]] void fail(std::string text);
   [[noreturn]] void finish(Fiber& fiber);
   [[nodiscard]] const Job& job() const { return *job_; }
@@ -71,12 +78,20 @@ private:
   };
   struct Barrier {
     int threads = 0;
+    int arrived = 0;
     std::vector<Fiber*> waiting;
   };
 
   bool prepare_shared();
   void start(std::size_t linear);
   void shuffle_warps();
+  void issue_wgmma(Warpgroup& group, const void* place);
+  void finish_wgmma(Warpgroup& group, int pending, const void* place);
+  void finish_loads(const void* barrier);
+  void complete_load(const PendingBulk& bulk);
+  void advance(void* barrier, Mbarrier& state);
+  void yield(Fiber& fiber, const char* in, const void* place);
+  [[nodiscard]] SharedView shared() const { return {shared_, job_->shared_bytes}; }
   [[nodiscard]] Fiber* pick();
   void block(Fiber& fiber, const char* in, const void* place);
   void wake(const Fiber& fiber);
@@ -89,6 +104,11 @@ private:
   std::vector<Warp> warps_;
   std::vector<std::size_t> order_; ///< warps, the first that is ready runs
   std::array<Barrier, 16> barriers_;
+  std::vector<Warpgroup> groups_;
+  std::map<void*, Mbarrier> mbarriers_;
+  std::map<void*, std::vector<Fiber*>> mbarrier_waiting_;
+  std::vector<PendingBulk> loads_;
+  unsigned long polls_ = 0; ///< tests of mbarriers since the last progress
   std::minstd_rand random_;
   Fiber* running_ = nullptr;
   void* main_stack_ = nullptr;

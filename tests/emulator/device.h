@@ -10,9 +10,14 @@ enum class WarpOperation : int {
   shuffle,
   load_matrix,
   load_matrix_transposed,
+  store_matrix,
+  store_matrix_transposed,
+  move_matrix,
+  ballot,
   mma_bf16,
   mma_fp16,
   mma_tf32,
+  set_registers,
 };
 struct ShuffleArguments {
   unsigned value;
@@ -23,19 +28,67 @@ struct LoadMatrixArguments {
   unsigned* result; ///< [4]
   const void* row;
 };
+struct StoreMatrixArguments {
+  const unsigned* value; ///< [4]
+  void* row;
+};
+struct WordArguments { ///< of move_matrix and ballot
+  unsigned value, result;
+};
 struct MmaArguments {
   float* d;      ///< [4]
   const void* a; ///< [4] words
   unsigned b0, b1;
 };
 
+/// What the 128 threads of a warpgroup do together.
+enum class GroupOperation : int { wgmma, fence, commit, wait };
+enum class Element : int { bf16, fp16, tf32 };
+struct WgmmaArguments {
+  float* d; ///< [n / 2]
+  int n;
+  Element element;
+  bool a_in_registers, a_transposed, b_transposed, negate, accumulate;
+  unsigned a[4];
+  unsigned long long a_descriptor, b_descriptor;
+};
+
+enum class MbarrierOperation : int { init, arrive, expect_arrive, expect, test, wait };
+
+/// A bulk or tensor copy between shared and global memory.
+struct BulkCopy {
+  void* shared;
+  void* global;          ///< bytes, or null for a tensor
+  const void* map;       ///< TensorMapFields, or null
+  void* mbarrier;        ///< of a copy to shared memory; null for one to global memory
+  unsigned bytes;        ///< of a copy without a map
+  int dimensions, at[5]; ///< of a copy with a map; innermost first
+};
+/// What the emulator keeps in the 128 bytes of a CUtensorMap.
+struct alignas(64) TensorMapFields {
+  unsigned char* base;
+  unsigned long long stride[4]; ///< bytes, of dimensions 1 ..
+  unsigned size[5], box[5];
+  int dimensions, element_bytes, swizzle_bytes; ///< 0, 32, 64 or 128
+  unsigned mark;                                ///< kTensorMapMark, or it is no map of the emulator
+};
+constexpr unsigned kTensorMapMark = 0x4b444154;
+static_assert(sizeof(TensorMapFields) == 128);
+
 /// The emulator's entry points; every one may switch to another fiber.
 struct Services {
   void (*collective)(WarpOperation, void* arguments);
-  void (*barrier)(int id, int threads);
+  void (*barrier)(int id, int threads, bool arrive_only);
   void (*copy)(void* shared, const void* global, int bytes, bool valid);
   void (*commit)();
   void (*wait)(int pending);
+  void (*group)(GroupOperation, void* arguments); ///< wait: pointer to int, groups that may stay pending
+  bool (*mbarrier)(MbarrierOperation, void* barrier, unsigned value);
+  void (*bulk)(const BulkCopy*);
+  void (*bulk_commit)();
+  void (*bulk_wait)(int pending);
+  unsigned (*atomic_add)(unsigned* to, unsigned value);
+  float (*atomic_add_float)(float* to, float value);
 };
 
 /// One CUDA thread. A pointer to it stands in the last word of its stack, which is aligned to its size: no

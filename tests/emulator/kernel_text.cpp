@@ -8,16 +8,22 @@ SourceUnit kernel_text(const std::string& body) {
   unit.name = "test.cu";
   unit.main = R"(#include "kernel_args.cuh"
 #include "primitives/async.cuh"
+#include "primitives/matrix.cuh"
+#include "primitives/tma.cuh"
+#include "primitives/vote.cuh"
+#include "primitives/wgmma.cuh"
 using namespace kda;
 KDA_KERNEL(1024, 1) kernel(KDA_GRID_CONSTANT KernelArgs args) {
   [[maybe_unused]] const float* in = static_cast<const float*>(args.workspace[0]);
   [[maybe_unused]] float* out = static_cast<float*>(args.workspace[1]);
   [[maybe_unused]] float* shared = reinterpret_cast<float*>(shared_memory());
   [[maybe_unused]] const int thread = thread_index(), lane = lane_index(), warp = thread / 32;
+  [[maybe_unused]] const TensorMap* map = static_cast<const TensorMap*>(args.workspace[2]);
 #line 1
 )" + body + "\n}\n";
-  for (const char* name :
-       {"kernel_args.cuh", "primitives/async.cuh", "primitives/basic.cuh", "primitives/mma.cuh"})
+  for (const char* name : {"kernel_args.cuh", "primitives/async.cuh", "primitives/basic.cuh",
+                           "primitives/mma.cuh", "primitives/matrix.cuh", "primitives/mbarrier.cuh",
+                           "primitives/tma.cuh", "primitives/vote.cuh", "primitives/wgmma.cuh"})
     unit.files.push_back({name, std::string(templates::find(name).value())});
   unit.entries = {"kernel"};
   return unit;
@@ -32,6 +38,9 @@ Result<std::vector<float>> launch(const Backend& backend, const Module& module, 
   KernelArgs args{};
   args.workspace[0] = in;
   args.workspace[1] = out;
+  TensorMapFields map = run.map;
+  map.base = static_cast<unsigned char*>(in);
+  args.workspace[2] = &map;
   if (Status ok = module.launch({0, {run.grid, 1, 1}, run.threads, run.shared_bytes}, args, nullptr); !ok)
     return tl::unexpected(ok.error());
   std::vector<float> result(run.outputs);

@@ -1,5 +1,6 @@
 // Shuffle, ldmatrix and mma for a whole warp. Layouts: PTX ISA, "Matrix fragments for mma".
 #include "cta.h"
+#include "number.h"
 #include <cstring>
 #include <fmt/format.h>
 
@@ -16,6 +17,42 @@ void shuffle(void* const* arguments) {
     auto& own = *static_cast<ShuffleArguments*>(arguments[lane]);
     own.result = argument<ShuffleArguments>(arguments, own.source & 31).value;
   }
+}
+
+std::string store_matrix(void* const* arguments, bool transposed, const unsigned char* shared,
+                         std::size_t shared_bytes) {
+  for (int lane = 0; lane < 32; ++lane) {
+    void* row = argument<StoreMatrixArguments>(arguments, lane).row;
+    const auto offset = static_cast<const unsigned char*>(row) - shared;
+    if (offset < 0 || static_cast<std::size_t>(offset) + 16 > shared_bytes || offset % 16 != 0)
+      return fmt::format("lane {} gives byte {} of {} in shared memory; a row is 16 bytes and so aligned",
+                         lane, offset, shared_bytes);
+    std::uint16_t values[8];
+    for (int column = 0; column < 8; ++column) {
+      const int r = transposed ? column : lane % 8, c = transposed ? lane % 8 : column;
+      const unsigned word = argument<StoreMatrixArguments>(arguments, r * 4 + c / 2).value[lane / 8];
+      values[column] = static_cast<std::uint16_t>(word >> (c % 2 * 16));
+    }
+    std::memcpy(row, values, sizeof values);
+  }
+  return {};
+}
+
+void move_matrix(void* const* arguments) {
+  const auto element = [&](int r, int c) {
+    return argument<WordArguments>(arguments, r * 4 + c / 2).value >> (c % 2 * 16) & 0xffffU;
+  };
+  for (int lane = 0; lane < 32; ++lane)
+    static_cast<WordArguments*>(arguments[lane])->result =
+        element(lane % 4 * 2, lane / 4) | element(lane % 4 * 2 + 1, lane / 4) << 16;
+}
+
+void ballot(void* const* arguments) {
+  unsigned all = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    all |= argument<WordArguments>(arguments, lane).value << lane;
+  for (int lane = 0; lane < 32; ++lane)
+    static_cast<WordArguments*>(arguments[lane])->result = all;
 }
 
 std::string load_matrix(void* const* arguments, bool transposed, const unsigned char* shared,
@@ -39,21 +76,6 @@ std::string load_matrix(void* const* arguments, bool transposed, const unsigned 
     }
   }
   return {};
-}
-
-float bf16_value(unsigned bits) {
-  return __builtin_bit_cast(float, bits << 16);
-}
-float fp16_value(unsigned bits) {
-  const unsigned magnitude = (bits & 0x7fffU) << 13, sign = (bits & 0x8000U) << 16;
-  // Times 2^112 moves the exponent and makes denormals normal; infinity and NaN keep theirs.
-  const float moved = magnitude >= 0x0f800000U ? __builtin_bit_cast(float, magnitude | 0x7f800000U)
-                                               : __builtin_bit_cast(float, magnitude) * 0x1p112F;
-  return __builtin_bit_cast(float, __builtin_bit_cast(unsigned, moved) | sign);
-}
-/// The tensor unit ignores the low 13 bits.
-float tf32_value(unsigned bits) {
-  return __builtin_bit_cast(float, bits & 0xffffe000U);
 }
 
 /// Products are exact in fp32; the sum is sequential and rounds to nearest, where hardware truncates.
@@ -126,6 +148,11 @@ const char* name_of(WarpOperation operation) {
   case WarpOperation::shuffle: return "shuffle";
   case WarpOperation::load_matrix: return "load_matrix_x4";
   case WarpOperation::load_matrix_transposed: return "load_matrix_x4_transposed";
+  case WarpOperation::store_matrix: return "store_matrix_x4";
+  case WarpOperation::store_matrix_transposed: return "store_matrix_x4_transposed";
+  case WarpOperation::move_matrix: return "transpose_matrix";
+  case WarpOperation::ballot: return "vote";
+  case WarpOperation::set_registers: return "release_registers or take_registers";
   case WarpOperation::mma_bf16: return "mma_16x8x16<bf16>";
   case WarpOperation::mma_fp16: return "mma_16x8x16<fp16>";
   case WarpOperation::mma_tf32: return "mma_16x8x8_tf32";
@@ -137,6 +164,11 @@ std::string run_operation(WarpOperation operation, void* const* arguments, const
                           std::size_t shared_bytes) {
   switch (operation) {
   case WarpOperation::sync: return {};
+  case WarpOperation::set_registers: return {};
+  case WarpOperation::store_matrix: return store_matrix(arguments, false, shared, shared_bytes);
+  case WarpOperation::store_matrix_transposed: return store_matrix(arguments, true, shared, shared_bytes);
+  case WarpOperation::move_matrix: move_matrix(arguments); return {};
+  case WarpOperation::ballot: ballot(arguments); return {};
   case WarpOperation::shuffle: shuffle(arguments); return {};
   case WarpOperation::load_matrix: return load_matrix(arguments, false, shared, shared_bytes);
   case WarpOperation::load_matrix_transposed: return load_matrix(arguments, true, shared, shared_bytes);

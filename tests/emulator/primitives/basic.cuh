@@ -140,13 +140,13 @@ KDA_DEVICE unsigned char* shared_memory() {
   return static_cast<unsigned char*>(__builtin_assume_aligned(emulator::current().shared, 1024));
 }
 KDA_DEVICE void sync_block() {
-  emulator::current().services->barrier(0, 0);
+  emulator::current().services->barrier(0, 0, false);
 }
 KDA_DEVICE void sync_warp() {
   emulator::current().services->collective(emulator::WarpOperation::sync, nullptr);
 }
 KDA_DEVICE void sync_named(int id, int threads) {
-  emulator::current().services->barrier(id, threads);
+  emulator::current().services->barrier(id, threads, false);
 }
 
 KDA_DEVICE u32 shuffle(u32 x, int lane) {

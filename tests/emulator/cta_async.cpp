@@ -1,0 +1,180 @@
+// mbarriers, bulk copies and wgmma of one CTA: everything completes at the wait that covers it, or at once.
+#include "cta.h"
+#include <algorithm>
+#include <cstring>
+#include <fmt/format.h>
+#include <limits>
+
+namespace kda::emulator {
+namespace {
+constexpr unsigned long kPolls = 1000000; // of mbarriers while nothing else happens
+
+const char* name_of(GroupOperation operation) {
+  switch (operation) {
+  case GroupOperation::wgmma: return "wgmma";
+  case GroupOperation::fence: return "wgmma_fence";
+  case GroupOperation::commit: return "wgmma_commit";
+  case GroupOperation::wait: return "wgmma_wait";
+  }
+  return "?";
+}
+} // namespace
+
+void Cta::advance(void* barrier, Mbarrier& state) {
+  if (state.pending != 0 || state.bytes != 0) return;
+  state.pending = state.arrivals;
+  ++state.phase;
+  polls_ = 0;
+  std::vector<Fiber*>& waiting = mbarrier_waiting_[barrier];
+  for (const Fiber* fiber : waiting)
+    wake(*fiber);
+  waiting.clear();
+}
+
+void Cta::complete_load(const PendingBulk& bulk) {
+  kda::emulator::run(bulk, shared());
+  const auto at = mbarriers_.find(bulk.copy.mbarrier);
+  at->second.bytes -= counted_bytes(bulk);
+  advance(at->first, at->second);
+}
+
+void Cta::finish_loads(const void* barrier) {
+  for (std::size_t i = 0; i < loads_.size();) {
+    if (loads_[i].copy.mbarrier != barrier) {
+      ++i;
+      continue;
+    }
+    const PendingBulk bulk = loads_[i];
+    loads_.erase(loads_.begin() + static_cast<std::ptrdiff_t>(i));
+    complete_load(bulk);
+  }
+}
+
+bool Cta::mbarrier(Fiber& fiber, MbarrierOperation operation, void* barrier, unsigned value,
+                   const void* place) {
+  const auto refuse = [&](const char* why) {
+    fail(fmt::format("{} at {}: {}", describe_current(), source_place(place), why));
+  };
+  const auto offset = static_cast<unsigned char*>(barrier) - shared_;
+  if (offset < 0 || offset % 8 != 0 || static_cast<std::size_t>(offset) + 8 > job_->shared_bytes)
+    refuse("an mbarrier is 8 aligned bytes of shared memory");
+  if (operation == MbarrierOperation::init) {
+    std::memset(barrier, 0, 8);
+    mbarriers_[barrier] = {static_cast<int>(value), static_cast<int>(value), 0, 0};
+    return true;
+  }
+  const auto found = mbarriers_.find(barrier);
+  if (found == mbarriers_.end()) refuse("an mbarrier that nobody initialised");
+  Mbarrier& state = found->second;
+  switch (operation) {
+  case MbarrierOperation::init: break;
+  case MbarrierOperation::expect: state.bytes += static_cast<long>(value); return true;
+  case MbarrierOperation::expect_arrive: state.bytes += static_cast<long>(value); [[fallthrough]];
+  case MbarrierOperation::arrive:
+    if (state.pending == 0) refuse("more arrivals at an mbarrier than it counts");
+    --state.pending;
+    advance(barrier, state);
+    if (job_->seed > 1 && random_() % 4 == 0) yield(fiber, "resume", place);
+    return true;
+  case MbarrierOperation::test:
+    finish_loads(barrier);
+    if ((state.phase & 1U) != value) return true;
+    if (++polls_ > kPolls) fail("an endless loop of mbarrier_test; " + deadlock_report());
+    yield(fiber, "mbarrier_test", place);
+    return (state.phase & 1U) != value;
+  case MbarrierOperation::wait:
+    if (value > 1) refuse("a parity is 0 or 1");
+    while (true) {
+      finish_loads(barrier);
+      if ((state.phase & 1U) != value) return true;
+      mbarrier_waiting_[barrier].push_back(&fiber);
+      block(fiber, "mbarrier_wait", place);
+    }
+  }
+  return true;
+}
+
+void Cta::bulk(Fiber& fiber, const BulkCopy& copy, const void* place) {
+  PendingBulk bulk{copy, {}, fiber.index, fiber.bulk_groups};
+  if (copy.map != nullptr) std::memcpy(&bulk.map, copy.map, sizeof bulk.map);
+  if (const std::string wrong = check(copy, bulk.map, shared()); !wrong.empty())
+    fail(fmt::format("{} at {}: a bulk copy of {}", describe_current(), source_place(place), wrong));
+  const bool load = copy.mbarrier != nullptr;
+  if (load && mbarriers_.count(copy.mbarrier) == 0)
+    fail(fmt::format("{} at {}: a bulk copy to an mbarrier that nobody initialised", describe_current(),
+                     source_place(place)));
+  if (job_->copies == Copies::early) {
+    if (load) return complete_load(bulk);
+    return kda::emulator::run(bulk, shared());
+  }
+  // Whoever reads before the wait, or still reads what this overwrites, gets NaN.
+  if (load && copy.map == nullptr) std::memset(copy.shared, 0xFF, copy.bytes);
+  if (load && copy.map != nullptr)
+    std::memset(copy.shared, 0xFF, static_cast<std::size_t>(counted_bytes(bulk)));
+  if (!load) return fiber.bulk_stores.push_back(bulk);
+  loads_.push_back(bulk);
+  // A thread may wait already.
+  std::vector<Fiber*>& waiting = mbarrier_waiting_[copy.mbarrier];
+  for (const Fiber* other : waiting)
+    wake(*other);
+  waiting.clear();
+}
+
+void Cta::bulk_wait(Fiber& fiber, int pending) {
+  const auto ready = [&](const PendingBulk& bulk) { return bulk.group < fiber.bulk_groups - pending; };
+  for (const PendingBulk& bulk : fiber.bulk_stores)
+    if (ready(bulk)) kda::emulator::run(bulk, shared());
+  fiber.bulk_stores.erase(std::remove_if(fiber.bulk_stores.begin(), fiber.bulk_stores.end(), ready),
+                          fiber.bulk_stores.end());
+}
+
+void Cta::group(Fiber& fiber, GroupOperation operation, void* arguments, const void* place) {
+  const std::size_t first = static_cast<std::size_t>(fiber.index) / 128 * 128;
+  if (first + 128 > fibers_.size())
+    fail(fmt::format("{} calls {} at {} outside of a whole warpgroup", describe_current(), name_of(operation),
+                     source_place(place)));
+  Warpgroup& group = groups_[first / 128];
+  if (group.arrived == 0) group.operation = operation;
+  if (group.operation != operation)
+    fail(fmt::format("{} calls {} at {} where others of its warpgroup wait in {}\n{}", describe_current(),
+                     name_of(operation), source_place(place), name_of(group.operation), deadlock_report()));
+  group.arguments[fiber.index % 128] = arguments;
+  if (++group.arrived < 128) return block(fiber, name_of(operation), place);
+  group.arrived = 0;
+  if (operation == GroupOperation::wgmma) issue_wgmma(group, place);
+  if (operation == GroupOperation::commit) ++group.groups;
+  if (operation == GroupOperation::wait) finish_wgmma(group, *static_cast<int*>(arguments), place);
+  for (std::size_t i = first; i < first + 128; ++i)
+    if (&fibers_[i] != &fiber) wake(fibers_[i]);
+}
+
+void Cta::issue_wgmma(Warpgroup& group, const void* place) {
+  PendingWgmma wgmma;
+  for (std::size_t i = 0; i < 128; ++i)
+    wgmma.arguments[i] = *static_cast<WgmmaArguments*>(group.arguments[i]);
+  wgmma.group = group.groups;
+  const bool chained = std::any_of(group.queue.begin(), group.queue.end(), [&](const PendingWgmma& other) {
+    return other.arguments[0].d == wgmma.arguments[0].d;
+  });
+  if (!chained) {
+    wgmma.d = read_accumulators(wgmma.arguments);
+    // Whoever reads them before the wait gets NaN.
+    write_accumulators(wgmma.arguments,
+                       std::vector<float>(wgmma.d.size(), std::numeric_limits<float>::quiet_NaN()));
+  }
+  group.queue.push_back(std::move(wgmma));
+  if (job_->copies == Copies::early) finish_wgmma(group, -1, place);
+}
+
+void Cta::finish_wgmma(Warpgroup& group, int pending, const void* place) {
+  while (!group.queue.empty() && group.queue.front().group < group.groups - pending) {
+    PendingWgmma& wgmma = group.queue.front();
+    std::vector<float> d = wgmma.d.empty() ? read_accumulators(wgmma.arguments) : std::move(wgmma.d);
+    const std::string wrong = kda::emulator::run(wgmma.arguments, d, shared());
+    if (!wrong.empty()) fail(fmt::format("{} at {}: {}", describe_current(), source_place(place), wrong));
+    write_accumulators(wgmma.arguments, d);
+    group.queue.erase(group.queue.begin());
+  }
+}
+
+} // namespace kda::emulator
