@@ -14,7 +14,7 @@ const Backend& backend() {
 
 } // namespace
 
-TEST_CASE("host recurrence: chained calls give the bits of one call") {
+TEST_CASE("host recurrence: chained calls and views of one buffer give the bits of one call") {
   for (const StateLayout layout : {StateLayout::k_v, StateLayout::v_k}) {
     const test::TestCase c = test::random_case(test::chained_case(layout));
     for (const Candidate& candidate : enumerate(c.inputs.problem, backend().target())) {
@@ -23,6 +23,7 @@ TEST_CASE("host recurrence: chained calls give the bits of one call") {
       const test::Bits once = test::in_steps(backend(), c, candidate.variant, 16);
       CHECK(test::in_steps(backend(), c, candidate.variant, 1) == once);
       CHECK(test::in_steps(backend(), c, candidate.variant, 4) == once);
+      CHECK(test::in_steps(backend(), c, candidate.variant, 4, test::Memory::packed) == once);
     }
   }
 }

@@ -5,7 +5,7 @@
 
 using namespace kda;
 
-TEST_CASE("recurrent kernel: chained calls give the bits of one call") {
+TEST_CASE("recurrent kernel: chained calls and views of one buffer give the bits of one call") {
   const auto backend = emulator::make_backend().value();
   for (const StateLayout layout : {StateLayout::k_v, StateLayout::v_k}) {
     const test::TestCase c = test::random_case(test::chained_case(layout));
@@ -19,6 +19,7 @@ TEST_CASE("recurrent kernel: chained calls give the bits of one call") {
       const test::Bits once = test::in_steps(*backend, c, v, 16);
       CHECK(test::in_steps(*backend, c, v, 1) == once);
       CHECK(test::in_steps(*backend, c, v, 4) == once);
+      CHECK(test::in_steps(*backend, c, v, 4, test::Memory::packed) == once);
     }
     CHECK(warps > 0);
   }

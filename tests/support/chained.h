@@ -3,6 +3,8 @@
 // one: how a server decodes. A variant must give the same bits however the tokens are cut into calls.
 #include "random_case.h"
 #include "run_case.h"
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 
@@ -41,9 +43,58 @@ private:
   std::vector<void*> all_;
 };
 
+enum class Memory : std::uint8_t {
+  separate, ///< a buffer a tensor
+  packed, ///< q, k, v, g and beta are views of one buffer, a row of it a token, as a fused projection leaves
+          ///< them
+};
+
+/// q, k, v, g and beta of `c` on the device.
+inline void set_tokens(KernelArgs& args, const TestCase& c, Memory memory, DeviceCopies& copies) {
+  struct Part {
+    TokenTensor* tensor;
+    const reference::Array* values;
+    int heads, dim;
+  };
+  const Problem& p = c.inputs.problem;
+  const std::array<Part, 5> parts{{{&args.q, &c.inputs.q, p.heads, p.key_dim},
+                                   {&args.k, &c.inputs.k, p.heads, p.key_dim},
+                                   {&args.v, &c.inputs.v, p.value_heads, p.value_dim},
+                                   {&args.g, &c.inputs.g, p.value_heads, p.key_dim},
+                                   {&args.beta, &c.inputs.beta, p.value_heads, 1}}};
+  const auto tokens = static_cast<std::size_t>(c.inputs.sizes.tokens);
+  const std::size_t rows = tokens * static_cast<std::size_t>(c.inputs.sizes.batch);
+  if (memory == Memory::separate) {
+    for (const Part& x : parts) {
+      const long long row = static_cast<long long>(x.heads) * x.dim;
+      *x.tensor = {copies.upload(*x.values), static_cast<long long>(tokens) * row, row, x.dim};
+    }
+    return;
+  }
+  std::size_t width = 0;
+  for (const Part& x : parts)
+    width += static_cast<std::size_t>(x.heads * x.dim);
+  width = (width + 3) / 4 * 4; // rows of 16 bytes
+  reference::Array all(rows * width, std::nan(""));
+  std::array<std::size_t, parts.size()> places{};
+  std::size_t place = 0;
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const auto row = static_cast<std::size_t>(parts[i].heads * parts[i].dim);
+    for (std::size_t r = 0; r < rows; ++r)
+      std::copy_n(&(*parts[i].values)[r * row], row, &all[r * width + place]);
+    places[i] = place;
+    place += row;
+  }
+  float* const data = copies.upload(all);
+  for (std::size_t i = 0; i < parts.size(); ++i)
+    *parts[i].tensor = {data + places[i], static_cast<long long>(tokens * width),
+                        static_cast<long long>(width), parts[i].dim};
+}
+
 /// o and the last state of `c`, whose dtypes are all fp32, in calls of `step` tokens; `step` divides the
 /// tokens. Every call runs the same image.
-inline Bits in_steps(const Backend& backend, const TestCase& c, const Variant& v, std::int64_t step) {
+inline Bits in_steps(const Backend& backend, const TestCase& c, const Variant& v, std::int64_t step,
+                     Memory memory = Memory::separate) {
   const Problem& p = c.inputs.problem;
   const std::int64_t tokens = c.inputs.sizes.tokens, batch = c.inputs.sizes.batch;
   const SourceUnit unit = emit(p, v, backend.target()).value();
@@ -52,17 +103,10 @@ inline Bits in_steps(const Backend& backend, const TestCase& c, const Variant& v
   const LaunchList list = launches(p, v, backend.target(), sizes);
 
   DeviceCopies copies(backend);
-  const auto tensor = [&](const reference::Array& x, int heads, int dim) {
-    const long long row = static_cast<long long>(heads) * dim;
-    return TokenTensor{copies.upload(x), tokens * row, row, dim};
-  };
   KernelArgs args{};
-  args.q = tensor(c.inputs.q, p.heads, p.key_dim);
-  args.k = tensor(c.inputs.k, p.heads, p.key_dim);
-  args.v = tensor(c.inputs.v, p.value_heads, p.value_dim);
-  args.g = tensor(c.inputs.g, p.value_heads, p.key_dim);
-  args.beta = tensor(c.inputs.beta, p.value_heads, 1);
-  args.o = tensor(reference::Array(c.inputs.v.size(), std::nan("")), p.value_heads, p.value_dim);
+  set_tokens(args, c, memory, copies);
+  const long long row = static_cast<long long>(p.value_heads) * p.value_dim;
+  args.o = {copies.upload(reference::Array(c.inputs.v.size(), std::nan(""))), tokens * row, row, p.value_dim};
   if (!c.inputs.A_log.empty()) args.A_log = copies.upload(c.inputs.A_log);
   if (!c.inputs.dt_bias.empty()) args.dt_bias = copies.upload(c.inputs.dt_bias);
   const long long matrix = static_cast<long long>(p.key_dim) * p.value_dim;
