@@ -1,5 +1,7 @@
 // execute on a GPU: its cost on the host, CUDA graphs, streams and threads.
 #include "gpu.h"
+#include <algorithm>
+#include <array>
 #include <chrono>
 #include <dlfcn.h>
 #include <fmt/format.h>
@@ -94,6 +96,49 @@ TEST_CASE("execute can be captured into a CUDA graph and replayed", "[gpu]") {
     caller.wait(stream);
     CHECK(call.output("o") == expected);
     CHECK(call.output("final_state") == state);
+  }
+}
+
+TEST_CASE("a replay of a CUDA graph reads the lengths of its own time", "[gpu]") {
+  const auto backend = gpu();
+  if (backend == nullptr) return;
+  const Engine engine = gpu_engine();
+  Problem decode = production(Operation::recurrent, 4);
+  decode.varlen = true;
+  const Call call(engine, backend, decode, {1, 12, 3}); // three sequences of 4 tokens
+
+  const Caller caller;
+  using Handle = Caller::Handle;
+  const Handle stream = caller.stream();
+  Handle graph = nullptr, executable = nullptr;
+  constexpr int kGlobal = 0;
+  REQUIRE(call.execute());
+  REQUIRE(backend->synchronize());
+  REQUIRE(caller.function<int (*)(Handle, int)>("cuStreamBeginCapture_v2")(stream, kGlobal) == 0);
+  REQUIRE(call.execute(stream));
+  REQUIRE(caller.function<int (*)(Handle, Handle*)>("cuStreamEndCapture")(stream, &graph) == 0);
+  REQUIRE(caller.function<int (*)(Handle*, Handle, unsigned long long)>("cuGraphInstantiateWithFlags")(
+              &executable, graph, 0) == 0);
+
+  // A call's own buffer, not const where it was allocated.
+  void* const lengths = const_cast<void*>(call.tensors.args().cu_seqlens.data);
+  using Lengths = std::array<std::int64_t, 4>;
+  for (const Lengths& cu : {Lengths{0, 1, 1, 5}, Lengths{0, 0, 0, 0}, Lengths{0, 4, 8, 12}}) {
+    REQUIRE(backend->copy_to_device(lengths, cu.data(), sizeof(cu)));
+    REQUIRE(call.execute());
+    REQUIRE(backend->synchronize());
+    const auto expected = call.output("o"), state = call.output("final_state");
+    REQUIRE(call.tensors.poison());
+    REQUIRE(backend->synchronize());
+    REQUIRE(caller.function<int (*)(Handle, Handle)>("cuGraphLaunch")(executable, stream) == 0);
+    caller.wait(stream);
+    CAPTURE(cu[1], cu[2], cu[3]);
+    CHECK(call.output("o") == expected);
+    CHECK(call.output("final_state") == state);
+    const std::size_t used = static_cast<std::size_t>(cu[3]) * 4 * 128;
+    CHECK(std::all_of(expected.begin() + static_cast<std::ptrdiff_t>(used), expected.end(),
+                      [](double x) { return x == 0; }));
+    if (used == 0) CHECK(state == call.tensors.reference_inputs().value().initial_state);
   }
 }
 
