@@ -79,7 +79,7 @@ inline void set_tokens(KernelArgs& args, const TestCase& c, Memory memory, Devic
   std::array<std::size_t, parts.size()> places{};
   std::size_t place = 0;
   for (std::size_t i = 0; i < parts.size(); ++i) {
-    const auto row = static_cast<std::size_t>(parts[i].heads * parts[i].dim);
+    const auto row = static_cast<std::size_t>(parts[i].heads) * static_cast<std::size_t>(parts[i].dim);
     for (std::size_t r = 0; r < rows; ++r)
       std::copy_n(&(*parts[i].values)[r * row], row, &all[r * width + place]);
     places[i] = place;
