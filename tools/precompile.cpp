@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 #include <mutex>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 #include <thread>
 
@@ -75,6 +76,7 @@ Result<std::vector<Job>> make_jobs(const Options& o) {
 
 struct Totals {
   std::int64_t compiled = 0, cached = 0, failed = 0;
+  std::optional<Error> unavailable; ///< there is no compiler: the same for every image
   nlohmann::json rows = nlohmann::json::array();
 };
 
@@ -87,6 +89,11 @@ void compile_all(const Engine& engine, const std::vector<Job>& jobs, int threads
       const Job& job = jobs[i];
       const auto info = engine.precompile(job.problem, job.variant, job.target);
       const std::scoped_lock lock(mutex);
+      if (!info && info.error().code == ErrorCode::unavailable) {
+        next = jobs.size();
+        totals.unavailable = info.error();
+        return;
+      }
       nlohmann::json row{{"problem", to_string(job.problem)},
                          {"variant", to_string(job.variant)},
                          {"arch", job.target.arch}};
@@ -124,6 +131,7 @@ int precompile(const Options& o) {
   const auto begin = std::chrono::steady_clock::now();
   Totals totals;
   compile_all(*engine, *jobs, threads, totals);
+  if (totals.unavailable) return report_error(*totals.unavailable);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   if (o.json) {
     const nlohmann::json out{{"schema", 1},

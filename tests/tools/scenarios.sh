@@ -53,6 +53,10 @@ refused "cannot share" env "$kda" precompile --model kimi-k3 --tp 5 --arch sm_90
 echo '[{"haeds": 3}]' >"$work/problems.json"
 refused "haeds" "$kda" precompile --file "$work/problems.json" --arch sm_90a
 refused "unknown dtype" "$kda" precompile --dtype fp8 --arch sm_90a
+# Without NVRTC: one sentence for all images, exit 1.
+lost=$(KDA_JIT_NVRTC="$work/absent.so" "$kda" precompile --model kimi-k3 --arch sm_90a,sm_100a 2>&1)
+[[ $? == 1 ]] || fail "precompile without NVRTC does not exit with 1"
+[[ $(grep -c NVRTC <<<"$lost") == 1 && $(wc -l <<<"$lost") -le 2 ]] || fail "not one sentence without NVRTC: $lost"
 
 expect 0 KDA_JIT_CACHE_DIR "$kda" env
 refused KDA_JIT_CACHE_DRI env KDA_JIT_CACHE_DRI=x "$kda" env --strict
