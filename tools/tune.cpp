@@ -21,8 +21,14 @@ int tune(const Options& o) {
   const auto device = o.device.empty() ? Result<Device>(engine->best_device()) : parse_device(o.device);
   if (!device) return report_error(device.error());
   std::optional<Progress> progress;
-  const auto report = engine->tune(*problem, *device, o.problem.sizes(), [&](int, int total) {
-    if (!progress) progress.emplace("tune", total);
+  std::string stage;
+  const auto report = engine->tune(*problem, *device, o.problem.sizes(), [&](const TuneProgress& p) {
+    if (p.total == 0) {
+      fmt::print(stderr, "{}\n", p.stage);
+      return;
+    }
+    if (p.stage != stage) progress.emplace(std::string(p.stage), p.total);
+    stage = p.stage;
     progress->step("");
   });
   if (!report) return report_error(report.error());

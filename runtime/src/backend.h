@@ -37,7 +37,9 @@ public:
   virtual ~Backend() = default;
 
   [[nodiscard]] virtual const Target& target() const = 0;
-  [[nodiscard]] virtual std::string name() const = 0;   ///< "NVIDIA H100 80GB HBM3"
+  [[nodiscard]] virtual std::string name() const = 0; ///< "NVIDIA H100 80GB HBM3"
+  /// Tells this device from others of its kind: the UUID of a GPU.
+  [[nodiscard]] virtual std::string id() const { return name(); }
   [[nodiscard]] virtual std::string driver() const = 0; ///< "13.0"; "" on the host
   /// Identity of the compiler for keys: "nvrtc 13.0.88", "llvm 19.1.7".
   [[nodiscard]] virtual Result<std::string> compiler() const = 0;

@@ -79,6 +79,9 @@ public:
     std::array<char, 128> name{};
     d_->device_name(name.data(), static_cast<int>(name.size()), device_);
     name_ = name.data();
+    std::array<unsigned char, 16> uuid{};
+    if (Status ok = d_->check(d_->device_uuid(uuid.data(), device_), "cuDeviceGetUuid"); !ok) return ok;
+    id_ = fmt::format("GPU-{:02x}", fmt::join(uuid, ""));
     const auto attribute = [&](int which) {
       int value = 0;
       d_->device_attribute(&value, which, device_);
@@ -97,6 +100,7 @@ public:
 
   [[nodiscard]] const Target& target() const override { return target_; }
   [[nodiscard]] std::string name() const override { return name_; }
+  [[nodiscard]] std::string id() const override { return id_; }
   [[nodiscard]] std::string driver() const override {
     return fmt::format("{}.{}", d_->version / 1000, d_->version % 1000 / 10);
   }
@@ -179,7 +183,7 @@ private:
   CudaDriver::Device device_ = 0;
   CudaDriver::Handle context_ = nullptr;
   Target target_;
-  std::string name_;
+  std::string name_, id_;
 };
 
 } // namespace

@@ -21,6 +21,7 @@ Result<std::shared_ptr<const CudaDriver>> CudaDriver::open() {
   load(d->device_count, "cuDeviceGetCount");
   load(d->device_get, "cuDeviceGet");
   load(d->device_name, "cuDeviceGetName");
+  load(d->device_uuid, "cuDeviceGetUuid_v2");
   load(d->device_attribute, "cuDeviceGetAttribute");
   load(d->primary_retain, "cuDevicePrimaryCtxRetain");
   load(d->context_push, "cuCtxPushCurrent_v2");

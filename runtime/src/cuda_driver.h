@@ -19,6 +19,7 @@ struct CudaDriver {
   int (*device_count)(int*) = nullptr;
   int (*device_get)(Device*, int) = nullptr;
   int (*device_name)(char*, int, Device) = nullptr;
+  int (*device_uuid)(unsigned char*, Device) = nullptr; ///< 16 bytes; of the MIG slice where there is one
   int (*device_attribute)(int*, int, Device) = nullptr;
   int (*primary_retain)(Handle*, Device) = nullptr;
   int (*context_push)(Handle) = nullptr;

@@ -169,7 +169,16 @@ Result<Kernel> Engine::prepare(const Plan& plan) const {
   Plan wanted = plan;
   if (plan.impl_->choice != "given" &&
       (mode == TuneMode::force || (mode == TuneMode::on && plan.impl_->choice != "tuned"))) {
-    if (const auto report = tune(plan.problem(), plan.device(), plan.impl_->typical); !report)
+    const auto settled = [&] {
+      const auto now = this->plan(plan.problem(), plan.device(), plan.impl_->typical);
+      return mode == TuneMode::on && now && now->impl_->choice == "tuned";
+    };
+    const auto progress = [&](const TuneProgress& p) {
+      if (p.total == 0) impl_->log(p.stage);
+    };
+    if (const auto report =
+            tune_device(impl_, plan.problem(), plan.device(), plan.impl_->typical, progress, settled);
+        !report)
       impl_->warn(fmt::format("tuning failed, the cost model's choice is used: {}", report.error().message));
     else if (auto again = this->plan(plan.problem(), plan.device(), plan.impl_->typical); again)
       wanted = *again;

@@ -1,5 +1,6 @@
 // Images and modules: compile or find, load, heal.
 #include "engine_impl.h"
+#include "cache/named_lock.h"
 #include "cuda_backend.h"
 #include "host_backend.h"
 #include <chrono>
@@ -89,6 +90,20 @@ Engine::Impl::Impl(EngineOptions o)
     : options(std::move(o)), store(store_options(options)),
       tuning(store.directory(), [this](const std::string& text) { warn(text); }),
       nvrtc(Nvrtc::open(options.nvrtc)), driver(CudaDriver::open()) {}
+
+std::shared_ptr<const void> Engine::Impl::tuning_lock(const Backend& backend,
+                                                      const std::function<void()>& waiting) {
+  constexpr double kMostSeconds = 900; // of a tuner that hangs
+  if (auto lock = cache::lock_named(store.directory(), backend.id(), kMostSeconds, waiting,
+                                    [this](const std::string& text) { warn(text); }))
+    return lock;
+  auto lock = std::make_shared<std::unique_lock<std::mutex>>(tuning_mutex_, std::try_to_lock);
+  if (!lock->owns_lock()) {
+    waiting();
+    lock->lock();
+  }
+  return lock;
+}
 
 int Engine::Impl::threads() const {
   return options.threads > 0 ? options.threads

@@ -57,16 +57,26 @@ struct Engine::Impl {
   /// again.
   [[nodiscard]] Result<std::shared_ptr<const Kernel::Impl>> kernel(const std::shared_ptr<Impl>& self,
                                                                    const Plan::Impl&);
+  /// Held while one tunes on a device; `waiting` is called once when another tunes there.
+  [[nodiscard]] std::shared_ptr<const void> tuning_lock(const Backend&, const std::function<void()>& waiting);
   [[nodiscard]] int threads() const; ///< of host kernels and parallel compiles
   void log(std::string_view line) const;
   void warn(std::string_view line) const;
 
 private:
   Status load(const Backend&, const SourceUnit&, LoadedImage&);
-  std::mutex mutex_; ///< of the two maps
+  std::mutex mutex_;        ///< of the two maps
+  std::mutex tuning_mutex_; ///< where there is no lock file
   std::map<std::string, std::shared_ptr<Backend>> backends_;
   std::map<std::string, std::shared_ptr<LoadedImage>> images_;
 };
+
+/// Engine::tune. `settled` is asked after waiting for another tuner: when it says that the other has done
+/// this work, the report is empty.
+[[nodiscard]] Result<TuneReport> tune_device(const std::shared_ptr<Engine::Impl>&, const Problem&, Device,
+                                             const Sizes&,
+                                             const std::function<void(const TuneProgress&)>& progress,
+                                             const std::function<bool()>& settled);
 
 /// The bucket of a tuning row: T and N rounded up to powers of two, e.g. "T8192 N1". The only bucket
 /// function.

@@ -5,6 +5,7 @@
 #include "marshal.h"
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <fmt/format.h>
 #include <random>
 #include <thread>
@@ -35,6 +36,27 @@ void summarise(Contestant& c) {
   c.row.spread_us = at(0.9) - at(0.1);
 }
 
+/// The relative L2 error, and why it is too much (empty when it is not). Non-finite values come first: they
+/// say more than an infinite error. The largest single error, over the rms or over the value itself where
+/// that is larger, finds the one bad element that the L2 norm of a large tensor hides.
+std::pair<double, std::string> compare(const reference::Array& got, const reference::Array& want,
+                                       double tolerance) {
+  constexpr double kPeak = 50; // largest over L2: far above rounding, so that only a wrong element shows
+  const auto bad = std::count_if(got.begin(), got.end(), [](double x) { return !std::isfinite(x); });
+  const double error = reference::relative_error(got, want);
+  if (bad > 0) return {error, fmt::format("{} non-finite values of {}", bad, got.size())};
+  if (!(error <= tolerance)) return {error, fmt::format("error {:.1e}", error)};
+  double square = 0, peak = 0;
+  for (const double x : want)
+    square += x * x;
+  const double rms = std::sqrt(square / std::max<double>(static_cast<double>(want.size()), 1));
+  for (std::size_t i = 0; i < want.size(); ++i)
+    if (const double scale = std::max(rms, std::abs(want[i])); scale > 0)
+      peak = std::max(peak, std::abs(got[i] - want[i]) / scale);
+  if (peak > kPeak * tolerance) return {error, fmt::format("an element off by {:.1e} of the rms", peak)};
+  return {error, {}};
+}
+
 /// Compulsory bytes of a call: every input read once, every output written once.
 double compulsory_bytes(const Problem& p, const Sizes& s) {
   const double rows = static_cast<double>(s.batch) * static_cast<double>(s.tokens),
@@ -58,14 +80,15 @@ public:
          Device device, const Sizes& s)
       : engine_(std::move(engine)), backend_(std::move(backend)), p_(p), device_(device), s_(s) {}
 
-  Result<TuneReport> run(const std::function<void(int, int)>& progress) {
+  using Progress = std::function<void(const TuneProgress&)>;
+  Result<TuneReport> run(const Progress& progress) {
     const auto standard = choose(p_, backend_->target(), s_);
     if (!standard) return tl::unexpected(standard.error());
     standard_ = *standard;
     enter();
-    compile();
-    if (const Status ok = validate(); !ok) return tl::unexpected(ok.error());
-    if (const Status ok = time_all(progress); !ok) return tl::unexpected(ok.error());
+    compile(progress);
+    if (const Status ok = unless_full(validate(progress)); !ok) return tl::unexpected(ok.error());
+    if (const Status ok = unless_full(time_all(progress)); !ok) return tl::unexpected(ok.error());
     decide();
     return keep();
   }
@@ -82,11 +105,17 @@ private:
     }
   }
 
-  void compile() {
+  void compile(const Progress& progress) {
     std::atomic<std::size_t> next{0};
+    std::mutex mutex; // of `done` and of the caller's progress
+    int done = 0;
     const auto work = [&] {
       for (std::size_t i = next++; i < all_.size(); i = next++) {
         Contestant& c = all_[i];
+        if (progress) {
+          const std::scoped_lock lock(mutex);
+          progress({"compiling", ++done, static_cast<int>(all_.size())});
+        }
         if (!c.ok()) continue;
         const auto kernel = engine_->kernel(engine_, Plan::Impl{p_, c.variant, device_, s_, "given"});
         if (!kernel) {
@@ -128,34 +157,89 @@ private:
     return ok ? done : ok;
   }
 
-  /// Kernel texts do not know head counts, so candidates are checked on one group of heads, small enough for
-  /// the float64 reference: stronger than another kernel of this device would be.
-  Status validate() {
+  /// Memory that is too small for any candidate is no failure of the tuner: every candidate gets the reason,
+  /// none is chosen, and plans keep the untuned choice.
+  Status unless_full(const Status& ok) {
+    if (ok || ok.error().code != ErrorCode::out_of_memory) return ok;
+    drop_all("failed", fmt::format("not timed: {}", ok.error().message));
+    engine_->warn(fmt::format("nothing of {} fits in the device's memory; the untuned choice stays: {}",
+                              to_string(p_), ok.error().message));
+    return {};
+  }
+  void drop_all(const std::string& status, const std::string& reason) {
+    for (Contestant& c : all_)
+      if (c.ok()) {
+        c.row.status = status;
+        c.row.reason = reason;
+      }
+  }
+
+  /// Every candidate against the device's token kernel on all heads; that kernel first against float64 on
+  /// one group of heads (kernel texts do not know head counts), which is small enough for it. 150 tokens are
+  /// no whole number of chunks. The gate has no token kernel: there the untuned choice stands in.
+  Status validate(const Progress& progress) {
+    const Sizes sizes{p_.varlen ? 1 : 2, 150, p_.varlen ? 3 : 2};
+    const auto reference = device_reference(sizes);
+    if (!reference) return tl::unexpected(reference.error());
+    if (*reference == nullptr) {
+      drop_all("failed", "not checked: no reference kernel of this device agrees with float64");
+      return {};
+    }
+    CallTensors tensors(backend_);
+    if (Status ok = tensors.create(p_, sizes, std::random_device{}()); !ok) return ok;
+    if (const Status ok = call_alone(*(*reference)->kernel, tensors, sizes); !ok) return ok;
+    std::map<std::string, reference::Array> expected;
+    for (const std::string& name : tensors.outputs()) {
+      auto values = tensors.output(name);
+      if (!values) return tl::unexpected(values.error());
+      expected[name] = std::move(*values);
+    }
+    int done = 0;
+    for (Contestant& c : all_) {
+      if (c.ok()) judge(c, *c.kernel, tensors, sizes, expected);
+      if (progress) progress({"checking", ++done, static_cast<int>(all_.size())});
+    }
+    return {};
+  }
+
+  /// The token kernel of least estimated time that agrees with float64; null when none does.
+  Result<const Contestant*> device_reference(const Sizes& sizes) {
     Problem small = p_;
     small.value_heads = p_.value_heads / p_.heads;
     small.heads = 1;
-    Sizes sizes{p_.varlen ? 1 : 2, 150, p_.varlen ? 3 : 2};
     CallTensors tensors(backend_);
-    if (Status ok = tensors.create(small, sizes, std::random_device{}()); !ok) return ok;
+    if (const Status ok = tensors.create(small, sizes, std::random_device{}()); !ok)
+      return tl::unexpected(ok.error());
     const auto expected = expected_outputs(tensors);
     if (!expected) return tl::unexpected(expected.error());
-    for (Contestant& c : all_) {
-      if (!c.ok()) continue;
-      Kernel::Impl kernel = *c.kernel;
+    std::vector<std::pair<double, Contestant*>> order;
+    for (Contestant& c : all_)
+      if (c.ok() && c.variant.algorithm != Algorithm::chunk)
+        order.emplace_back(c.variant == standard_ ? 0 : estimate_us(p_, c.variant, backend_->target(), s_),
+                           &c);
+    std::stable_sort(order.begin(), order.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
+    for (const auto& [estimate, c] : order) {
+      Kernel::Impl kernel = *c->kernel;
       kernel.problem = small;
-      const auto error = check(kernel, tensors, sizes, *expected);
-      if (!error) {
-        c.row.status = "failed";
-        c.row.reason = error.error().message;
-      } else {
-        c.row.error = error->first;
-        if (!error->second.empty()) {
-          c.row.status = "wrong";
-          c.row.reason = error->second;
-        }
-      }
+      judge(*c, kernel, tensors, sizes, *expected);
+      if (c->ok()) return c;
     }
-    return {};
+    return nullptr;
+  }
+
+  void judge(Contestant& c, const Kernel::Impl& kernel, const CallTensors& tensors, const Sizes& sizes,
+             const std::map<std::string, reference::Array>& expected) const {
+    const auto error = check(kernel, tensors, sizes, expected);
+    if (!error) {
+      c.row.status = "failed";
+      c.row.reason = error.error().message;
+      return;
+    }
+    c.row.error = std::max(c.row.error, error->first);
+    if (error->second.empty()) return;
+    c.row.status = "wrong";
+    c.row.reason = error->second;
   }
 
   Result<std::map<std::string, reference::Array>> expected_outputs(const CallTensors& tensors) const {
@@ -194,10 +278,9 @@ private:
     for (const std::string& name : tensors.outputs()) {
       const auto got = tensors.output(name);
       if (!got) return tl::unexpected(got.error());
-      const double error = reference::relative_error(*got, expected.at(name));
+      const auto [error, why] = compare(*got, expected.at(name), tolerance(name));
       worst = std::max(worst, error);
-      if (!(error <= tolerance(name)))
-        return std::pair{worst, fmt::format("{} has error {:.1e}", name, error)};
+      if (!why.empty()) return std::pair{worst, fmt::format("{} has {}", name, why)};
     }
     const auto preserved = tensors.inputs_preserved();
     if (!preserved) return tl::unexpected(preserved.error());
@@ -211,24 +294,40 @@ private:
     return name == "d_g" || name == "d_A_log" || name == "d_beta" || name == "d_dt_bias" ? 2e-2 : 1e-2;
   }
 
-  Status time_all(const std::function<void(int, int)>& progress) {
+  /// One workspace for all that fit; a candidate whose own does not fit is out, with the reason in its row.
+  Result<void*> fitting_workspace() {
+    for (;;) {
+      Contestant* largest = nullptr;
+      std::size_t bytes = 0;
+      for (Contestant& c : all_) {
+        if (!c.ok()) continue;
+        const std::size_t own = workspace_of(backend_->target(), p_, c.variant, s_).bytes;
+        if (largest == nullptr || own > bytes) {
+          largest = &c;
+          bytes = own;
+        }
+      }
+      const auto memory = backend_->allocate(std::max<std::size_t>(bytes, 256));
+      if (memory || largest == nullptr || memory.error().code != ErrorCode::out_of_memory) return memory;
+      largest->row.status = "failed";
+      largest->row.reason = fmt::format(
+          "its workspace of {} MiB does not fit in the device's memory beside the tensors", bytes >> 20U);
+    }
+  }
+
+  Status time_all(const Progress& progress) {
     CallTensors tensors(backend_);
     if (Status ok = tensors.create(p_, s_, std::random_device{}()); !ok) return ok;
-    std::size_t workspace_bytes = 256;
-    for (const Contestant& c : all_)
-      if (c.ok())
-        workspace_bytes =
-            std::max(workspace_bytes, workspace_of(backend_->target(), p_, c.variant, s_).bytes);
-    const auto workspace = backend_->allocate(workspace_bytes);
-    if (!workspace) return tl::unexpected(workspace.error());
     // More than any L2; a smaller buffer where memory is short would time warm lines.
     const std::size_t flush_bytes =
         backend_->target().kind == Target::Kind::cuda ? std::size_t{128} << 20U : std::size_t{64} << 20U;
     const auto flush = backend_->allocate(flush_bytes);
-    Status ok = flush ? Status{} : Status(tl::unexpected(flush.error()));
-    if (ok) ok = measure(tensors, *workspace, *flush, flush_bytes, progress);
-    if (flush) backend_->release(*flush);
-    backend_->release(*workspace);
+    if (!flush) return tl::unexpected(flush.error());
+    const auto workspace = fitting_workspace();
+    const Status ok = workspace ? measure(tensors, *workspace, *flush, flush_bytes, progress)
+                                : Status(tl::unexpected(workspace.error()));
+    if (workspace) backend_->release(*workspace);
+    backend_->release(*flush);
     return ok;
   }
 
@@ -243,7 +342,7 @@ private:
   }
 
   Status measure(const CallTensors& tensors, void* workspace, void* flush, std::size_t flush_bytes,
-                 const std::function<void(int, int)>& progress) {
+                 const Progress& progress) {
     const auto fill = [&](void* stream) { return backend_->fill(flush, 1, flush_bytes / 4, stream); };
     double fill_us = 0;
     for (int i = 0; i < 50; ++i) // brings the clocks up
@@ -270,7 +369,7 @@ private:
         if (c.samples.size() > 2) c.samples.erase(c.samples.begin(), c.samples.begin() + 2); // warm-up
         summarise(c);
       }
-      if (progress) progress(++done, total);
+      if (progress) progress({"timing", ++done, total});
     }
     return finals(tensors, workspace, flush, flush_bytes);
   }
@@ -365,13 +464,26 @@ private:
 
 } // namespace
 
-Result<TuneReport> Engine::tune(const Problem& problem, Device device, const Sizes& sizes,
-                                const std::function<void(int done, int total)>& progress) const {
+Result<TuneReport> tune_device(const std::shared_ptr<Engine::Impl>& engine, const Problem& problem,
+                               Device device, const Sizes& sizes,
+                               const std::function<void(const TuneProgress&)>& progress,
+                               const std::function<bool()>& settled) {
   if (const Status ok = validate(problem); !ok) return tl::unexpected(ok.error());
   if (const Status ok = check_sizes(problem, sizes); !ok) return tl::unexpected(ok.error());
-  const auto backend = impl_->backend(device);
+  const auto backend = engine->backend(device);
   if (!backend) return tl::unexpected(backend.error());
-  return Tuning(impl_, *backend, problem, device, sizes).run(progress);
+  bool waited = false;
+  const auto lock = engine->tuning_lock(**backend, [&] {
+    waited = true;
+    if (progress) progress({"waiting for another tuner of this device", 0, 0});
+  });
+  if (waited && settled && settled()) return TuneReport{};
+  return Tuning(engine, *backend, problem, device, sizes).run(progress);
+}
+
+Result<TuneReport> Engine::tune(const Problem& problem, Device device, const Sizes& sizes,
+                                const std::function<void(const TuneProgress&)>& progress) const {
+  return tune_device(impl_, problem, device, sizes, progress, {});
 }
 
 Result<std::vector<TuneReport>> Engine::reports() const {

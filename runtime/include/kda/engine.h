@@ -112,6 +112,11 @@ struct TuneRow {
   int registers = 0, shared_bytes = 0;
   bool chosen = false;
 };
+/// Where tuning stands: "waiting for another tuner of this device", "compiling", "checking", "timing".
+struct TuneProgress {
+  std::string_view stage;
+  int done = 0, total = 0; ///< candidates of the stage; 0 of 0 while waiting
+};
 struct TuneReport {
   std::string problem, bucket, device, driver, compiler;
   double floor_us = 0; ///< compulsory bytes over the device's copy bandwidth
@@ -173,9 +178,12 @@ public:
   [[nodiscard]] std::future<Result<Kernel>> prepare_async(const Plan&) const;
   /// Compiles into the cache for an architecture that need not be here. Returns where the image came from.
   [[nodiscard]] Result<KernelInfo> precompile(const Problem&, const Variant&, const Target&) const;
-  /// Times and checks every candidate on the device; the rows go to the tuning database.
+  /// Checks every candidate against the device's token kernel and times it; the rows go to the tuning
+  /// database. One tuner works on a device at a time, also among processes that share the cache; the others
+  /// wait. Candidates that do not fit in the device's memory get a row that says so; with none that fits no
+  /// row is chosen and plans keep the untuned choice.
   [[nodiscard]] Result<TuneReport> tune(const Problem&, Device, const Sizes&,
-                                        const std::function<void(int done, int total)>& progress = {}) const;
+                                        const std::function<void(const TuneProgress&)>& progress = {}) const;
   /// Stored tuning rows, all problems and devices.
   [[nodiscard]] Result<std::vector<TuneReport>> reports() const;
 
