@@ -39,7 +39,7 @@ struct Config {{
   static constexpr int group = {group};
   static constexpr GateKind gate = GateKind::{gate};
   static constexpr bool dt_bias = {dt_bias}, beta_sigmoid = {sigmoid}, beta_times_two = {twice}, qk_l2norm = {norm};
-  static constexpr bool varlen = {varlen};
+  static constexpr bool varlen = {varlen}, backward = {backward};
   static constexpr bool state_v_k = {v_k};
   static constexpr int chunk = {chunk}, value_tile = {value_tile}, prepare_warps = {prepare_warps}, scan_warps = {scan_warps},
                        rows = {rows}, stages = {stages};
@@ -54,7 +54,8 @@ struct Config {{
       fmt::arg("v", p.value_dim), fmt::arg("group", p.value_heads / p.heads),
       fmt::arg("gate", to_string(p.gate)), fmt::arg("dt_bias", p.dt_bias),
       fmt::arg("sigmoid", p.beta_sigmoid), fmt::arg("twice", p.beta_times_two), fmt::arg("norm", p.qk_l2norm),
-      fmt::arg("varlen", p.varlen), fmt::arg("v_k", p.state_layout == StateLayout::v_k),
+      fmt::arg("varlen", p.varlen),
+      fmt::arg("backward", p.operation == Operation::backward), fmt::arg("v_k", p.state_layout == StateLayout::v_k),
       fmt::arg("chunk", v.chunk), fmt::arg("value_tile", v.value_tile),
       fmt::arg("prepare_warps", v.prepare_warps), fmt::arg("scan_warps", v.scan_warps),
       fmt::arg("rows", v.rows), fmt::arg("stages", v.stages));

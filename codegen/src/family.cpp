@@ -10,7 +10,7 @@ const Family& family_of(Operation operation, Algorithm algorithm) {
   case Algorithm::gate: return kGateFamily;
   case Algorithm::chunk: break;
   }
-  return kChunkForwardFamily;
+  return operation == Operation::backward ? kChunkBackwardFamily : kChunkForwardFamily;
 }
 
 std::vector<Candidate> enumerate(const Problem& p, const Target& t) {
@@ -27,7 +27,10 @@ std::vector<Candidate> enumerate(const Problem& p, const Target& t) {
     kChunkForwardFamily.enumerate(p, t, all);
     kTokenFamily.enumerate(p, t, all);
     break;
-  case Operation::backward: kTokenBackwardFamily.enumerate(p, t, all); break;
+  case Operation::backward:
+    kChunkBackwardFamily.enumerate(p, t, all);
+    kTokenBackwardFamily.enumerate(p, t, all);
+    break;
   }
   return all;
 }

@@ -1,6 +1,6 @@
-// Sizes and launches of chunk_forward.cu. The constants of the templates (stages/tile.cuh and
-// chunk_forward/*.cuh) stand here a second time, as functions of problem and variant.
-#include "family.h"
+// Sizes and launches of chunk_forward.cu. The constants of the templates (chunk_forward/*.cuh) stand here a
+// second time, as functions of problem and variant.
+#include "family_chunk.h"
 #include <algorithm>
 #include <cmath>
 #include <fmt/format.h>
@@ -8,50 +8,10 @@
 namespace kda {
 namespace {
 
-constexpr int kTileRows = 16;
-
-/// Bytes of `rows` rows of a Tile<columns> (8 elements of padding a row).
-constexpr int tile_bytes(int rows, int columns) {
-  return rows * (columns + 8) * 2;
-}
-constexpr int chunk_pairs(int chunk) {
-  const int tiles = chunk / kTileRows;
-  return tiles * (tiles + 1) / 2;
-}
-
-/// chunk_forward/record.cuh.
-int record_bytes(const Problem& p, const Variant& v) {
-  const int k = padded(p.key_dim);
-  return 3 * v.chunk * k * 2 + chunk_pairs(v.chunk) * 512 + k * 4 + v.chunk * padded(p.value_dim) * 2;
-}
-
-/// chunk_forward/prepare.cuh: tiles of a CTA and its shared memory.
-int prepare_tiles(const Problem& p, const Variant& v) {
-  int tiles = 4;
-  while (tiles > v.chunk / kTileRows && v.prepare_warps * 32 / tiles * 4 < padded(p.key_dim))
-    tiles /= 2;
-  return tiles;
-}
-int prepare_chunks(const Problem& p, const Variant& v) {
-  return prepare_tiles(p, v) * kTileRows / v.chunk;
-}
-int prepare_shared(const Problem& p, const Variant& v) {
-  const int tiles = prepare_tiles(p, v), rows = tiles * kTileRows;
-  const int key_tile = tile_bytes(rows, padded(p.key_dim));
-  const int sums = tiles * padded(p.key_dim) * 4;
-  const int fixed = key_tile + sums + 3 * rows * 4 + (prepare_chunks(p, v) * 24 + 15) / 16 * 16;
-  const int solve =
-      rows * (v.chunk + 8) * 4 + 2 * tile_bytes(rows, v.chunk) + tile_bytes(rows, padded(p.value_dim));
-  return fixed + std::max(3 * key_tile + 2 * sums, solve);
-}
-
 /// chunk_forward/scan.cuh.
 int scan_shared(const Problem& p, const Variant& v) {
   const int values = v.chunk * padded(p.value_dim) * 2;
   return v.stages * (record_bytes(p, v) - values + v.value_tile * v.chunk * 2);
-}
-int value_tiles(const Problem& p, const Variant& v) {
-  return (padded(p.value_dim) + v.value_tile - 1) / v.value_tile;
 }
 /// Registers of a scan thread, fitted to ptxas 13.0: the state and its bf16 copy, and what one tile of tokens
 /// or two at a time need. From kMostRegisters on some architecture spills.
@@ -100,10 +60,6 @@ void variants(const Problem& p, const Target& t, std::vector<Candidate>& all) {
           }
 }
 
-std::int64_t prepare_ctas(const Problem& p, const Variant& v, const Sizes& s) {
-  const int chunks = prepare_chunks(p, v);
-  return (chunk_bound(p, s, v.chunk) + chunks - 1) / chunks * p.value_heads;
-}
 /// One a sequence, value head and value tile; packed, one more sequence zeros what lies behind the last.
 std::int64_t scan_ctas(const Problem& p, const Variant& v, const Sizes& s) {
   return (s.sequences + (p.varlen ? 1 : 0)) * p.value_heads * value_tiles(p, v);
@@ -134,28 +90,12 @@ WorkspaceLayout buffers(const Problem& p, const Variant& v, const Sizes& s) {
 }
 
 // Fitted to an H100 80GB HBM3 (K = V = 128, T = 1024 to 8192, H = 4 to 96): 6 % off on average.
-constexpr double kBytesPerUs = 3.0e6;   // device copy
-constexpr double kL2BytesPerUs = 5.5e6; // records that several value tiles read
-constexpr double kPrepareUs = 12;       // launch, first loads and the last CTA's end
 constexpr double kScanUs = 6;
 constexpr double kScheduleUs = 4;
 constexpr double kBarrierUs = 0.15; // of a chunk: barrier and first reads
 constexpr double kCopyUs = 0.13;    // of a chunk, where the warps that multiply also copy
 constexpr double kTileUs = 0.36;    // 16 tokens: the chain of one warp at K = 128
 constexpr double kWarpTileUs = 0.1; // 16 tokens of one warp when shared-memory reads are the limit
-
-double prepare_us(const Problem& p, const Variant& v, const Target& t, const Sizes& s) {
-  const double tokens = static_cast<double>(chunk_bound(p, s, v.chunk)) * v.chunk * p.value_heads;
-  const double bytes = 2.0 * p.key_dim * size_of(p.dtype) + p.value_dim * size_of(p.dtype) +
-                       p.key_dim * size_of(p.gate_dtype) + size_of(p.beta_dtype) +
-                       static_cast<double>(record_bytes(p, v)) / v.chunk;
-  // Of 64 tokens when CTAs fill the SM; longer chunks have more pairs and a longer solve.
-  const int chunk_tiles = v.chunk / kTileRows;
-  const double block_us = v.prepare_warps == 4 ? 7.0 + 0.5 * chunk_tiles : 6.3 + 0.42 * chunk_tiles;
-  const double width = (padded(p.key_dim) + padded(p.value_dim)) / 256.0;
-  const double busy = tokens / 64 * block_us * width / t.multiprocessors;
-  return kPrepareUs + std::max(tokens * bytes / kBytesPerUs, busy);
-}
 
 double scan_us(const Problem& p, const Variant& v, const Target& t, const Sizes& s) {
   const double tokens = static_cast<double>(s.batch * s.tokens);

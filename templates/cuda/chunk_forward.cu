@@ -2,7 +2,7 @@
 // the state from chunk to chunk. mma.sync on bf16 operands with fp32 sums: sm_80 and later.
 //
 // Launches: kda_schedule (packed only), kda_forward_prepare, kda_forward_scan.
-#include "chunk_forward/prepare.cuh"
+#include "chunk/prepare.cuh"
 #include "chunk_forward/scan.cuh"
 
 KDA_KERNEL(256, 1) kda_schedule(KDA_GRID_CONSTANT kda::KernelArgs args) {

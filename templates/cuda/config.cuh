@@ -17,6 +17,7 @@ struct Config {
   static constexpr GateKind gate = GateKind::bounded;
   static constexpr bool dt_bias = true, beta_sigmoid = true, beta_times_two = false, qk_l2norm = true;
   static constexpr bool varlen = false;
+  static constexpr bool backward = false;  ///< the operation is backward
   static constexpr bool state_v_k = false; ///< state [V, K]
   // tunables
   static constexpr int chunk = 64, value_tile = 32, prepare_warps = 4, scan_warps = 4, rows = 4, stages = 2;

@@ -8,10 +8,8 @@
 //
 // Budget at K = 128, C = 64, 64 columns: 64 fp32 registers of state and 32 of its copy, 16 of U; 212 mma.sync
 // and 54 KB of shared-memory reads a warp and chunk, 65 KB of shared memory a stage.
-#include "chunk_forward/record.cuh"
-#include "primitives/async.cuh"
+#include "chunk/state.cuh"
 #include "stages/schedule.cuh"
-#include "stages/token_load.cuh"
 
 namespace kda {
 
@@ -30,17 +28,6 @@ struct Stage {
   static constexpr int bytes = u + kScanBlocks * u_block;
 };
 
-/// Copies `bytes` bytes with `threads` threads, of which this is number `thread`.
-template <int bytes, int threads>
-KDA_DEVICE void copy_linear(unsigned char* to, const unsigned char* from, int thread) {
-  constexpr int pieces = bytes / 16, rounds = (pieces + threads - 1) / threads;
-  to += thread * 16;
-  from += thread * 16;
-#pragma unroll
-  for (int i = 0; i < rounds; ++i)
-    if ((i + 1) * threads <= pieces || i * threads + thread < pieces)
-      copy_async_16(to + i * threads * 16, from + i * threads * 16);
-}
 /// Starts the copies of one record; the caller commits.
 template <int threads>
 KDA_DEVICE void load_stage(unsigned char* stage, const unsigned char* record, int first_block, int blocks,
@@ -49,102 +36,6 @@ KDA_DEVICE void load_stage(unsigned char* stage, const unsigned char* record, in
   for (int b = 0; b < blocks; ++b)
     copy_linear<Stage::u_block, threads>(stage + Stage::u + b * Stage::u_block,
                                          record + Record::u + (first_block + b) * Stage::u_block, thread);
-}
-
-/// S^T of one warp: s[n] are the accumulators of channels 8n..8n+7, 16 columns of V.
-struct ScanState {
-  float s[2 * kKeyBlocks][4];
-};
-
-/// Offset of the accumulators [e], e = 0 or 2, of s[n] in a state matrix whose columns of V begin at
-/// `column`; the next element is `step` further. False: padding.
-KDA_DEVICE bool state_place(int column, int n, int e, int& offset) {
-  const int v = column + (lane_index() >> 2) + e * 4;
-  const int k = n * 8 + (lane_index() & 3) * 2;
-  offset = Config::state_v_k ? v * Config::K + k : k * Config::V + v;
-  return v < Config::V && k < Config::K;
-}
-constexpr int kStateStep = Config::state_v_k ? 1 : Config::V;
-
-KDA_DEVICE void load_state(const StateTensor& x, int sequence, int head, int column, ScanState& state) {
-  const auto* base = static_cast<const Config::State*>(x.data);
-  if (base != nullptr) base += sequence * x.stride_sequence + head * x.stride_head;
-#pragma unroll
-  for (int n = 0; n < 2 * kKeyBlocks; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; e += 2) {
-      int offset;
-      const bool valid = state_place(column, n, e, offset) && base != nullptr;
-      state.s[n][e] = valid ? to_float(base[offset]) : 0.f;
-      state.s[n][e + 1] = valid ? to_float(base[offset + kStateStep]) : 0.f;
-    }
-}
-KDA_DEVICE void store_state(const StateTensor& x, int sequence, int head, int column,
-                            const ScanState& state) {
-  if (x.data == nullptr) return;
-  auto* base = static_cast<Config::State*>(x.data) + sequence * x.stride_sequence + head * x.stride_head;
-#pragma unroll
-  for (int n = 0; n < 2 * kKeyBlocks; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; e += 2) {
-      int offset;
-      if (!state_place(column, n, e, offset)) continue;
-      base[offset] = from_float<Config::State>(state.s[n][e]);
-      base[offset + kStateStep] = from_float<Config::State>(state.s[n][e + 1]);
-    }
-}
-
-/// Transposes 4 words of 4 neighbouring lanes: word i of lane t goes to word t of lane i.
-KDA_DEVICE void transpose_quad(Word4& x) {
-  const bool odd = lane_index() & 1, upper = lane_index() & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const u32 received = shuffle_xor(odd ? x.w[i] : x.w[i + 1], 1);
-    x.w[i] = odd ? received : x.w[i];
-    x.w[i + 1] = odd ? x.w[i + 1] : received;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const u32 received = shuffle_xor(upper ? x.w[i] : x.w[i + 2], 2);
-    x.w[i] = upper ? received : x.w[i];
-    x.w[i + 2] = upper ? x.w[i + 2] : received;
-  }
-}
-
-/// 16 tokens of o by 16 columns, packed by pack_output; `o` is at the first token and column, `rows` and
-/// `columns` what exists.
-KDA_DEVICE Word4 pack_output(const Accumulator& x) {
-  Word4 words;
-#pragma unroll
-  for (int w = 0; w < 4; ++w) // row half w/2, column half w%2
-    words.w[w] = pack2<Config::Element>(x.d[w & 1][w & 2], x.d[w & 1][(w & 2) + 1]);
-  return words;
-}
-KDA_DEVICE void store_output(Config::Element* o, i64 stride, Word4 words, int rows, int columns) {
-  const int row = lane_index() >> 2, t = lane_index() & 3;
-  if constexpr (Config::V % 8 == 0) {
-    // Whole 32-byte sectors: a lane gets 8 columns of one token.
-    transpose_quad(words);
-    const int r = row + (t >> 1) * 8, c = (t & 1) * 8;
-    if (r < rows && c < columns) *reinterpret_cast<Word4*>(o + r * stride + c) = words;
-  } else {
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int r = row + (w >> 1) * 8, c = (w & 1) * 8 + t * 2;
-      if (r < rows && c < columns) *reinterpret_cast<u32*>(o + r * stride + c) = words.w[w];
-    }
-  }
-}
-
-KDA_DEVICE void decay_state(ScanState& state, const unsigned char* stage) {
-  const auto* decay = reinterpret_cast<const Word2*>(stage + Record::decay) + (lane_index() & 3);
-#pragma unroll
-  for (int n = 0; n < 2 * kKeyBlocks; ++n) {
-    const Word2 d = decay[n * 4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      state.s[n][e] *= bits_float(d.w[e & 1]);
-  }
 }
 
 /// Tiles of tokens whose products are formed together: 8 independent sums of mma hide its latency, where the
@@ -160,11 +51,7 @@ KDA_DEVICE void scan_chunk(ScanState& state, const unsigned char* stage, int blo
   const auto* q = reinterpret_cast<const Operand*>(stage + Record::q);
   const auto* k = reinterpret_cast<const Operand*>(stage + Record::k);
   u32 rounded[kKeyBlocks][4]; // S^T of the chunk's start as A
-#pragma unroll
-  for (int n = 0; n < 2 * kKeyBlocks; ++n) {
-    rounded[n / 2][n % 2 * 2] = pack2<Operand>(state.s[n][0], state.s[n][1]);
-    rounded[n / 2][n % 2 * 2 + 1] = pack2<Operand>(state.s[n][2], state.s[n][3]);
-  }
+  round_state(state, rounded);
   u32 u[kChunkTiles][4]; // U^T as A
   Word4 packed[kChunkTiles];
 #pragma unroll
@@ -201,10 +88,11 @@ KDA_DEVICE void scan_chunk(ScanState& state, const unsigned char* stage, int blo
       }
 #pragma unroll
     for (int i = 0; i < kScanGroup; ++i)
-      packed[first + i] = pack_output(out[i]);
+      packed[first + i] = pack_rows<Config::Element>(out[i]);
     if constexpr (!kStoreLate)
-      store_output(o + first * kTileRows * stride, stride, packed[first], rows - first * kTileRows, columns);
-    if (first == 0) decay_state(state, stage);
+      store_rows<Config::V>(o + first * kTileRows * stride, stride, packed[first], rows - first * kTileRows,
+                            columns);
+    if (first == 0) decay_state(state, stage + Record::decay);
 #pragma unroll
     for (int c = 0; c < kKeyBlocks; ++c)
 #pragma unroll
@@ -218,7 +106,7 @@ KDA_DEVICE void scan_chunk(ScanState& state, const unsigned char* stage, int blo
   if constexpr (kStoreLate)
 #pragma unroll
     for (int i = 0; i < kChunkTiles; ++i)
-      store_output(o + i * kTileRows * stride, stride, packed[i], rows - i * kTileRows, columns);
+      store_rows<Config::V>(o + i * kTileRows * stride, stride, packed[i], rows - i * kTileRows, columns);
 }
 
 /// Zeros o behind the last packed sequence.

@@ -2,6 +2,7 @@
 // Token rows into shared memory by cp.async. Rows behind a chunk's end and channels behind `dim` become
 // zeros; nothing outside of the tensor is read.
 #include "primitives/async.cuh"
+#include "stages/gate.cuh"
 #include "stages/schedule.cuh"
 #include "stages/tile.cuh"
 #include "stages/token_load.cuh"
@@ -31,6 +32,19 @@ KDA_DEVICE void load_rows(Operand* tile, const TokenTensor& x, const ChunkSpan* 
       else
         copy_async_8(target, source, valid);
     }
+  }
+}
+
+/// beta as the recurrence uses it, fp32 [chunks * Config::chunk]; 0 behind a chunk's end.
+template <int chunks, int threads>
+KDA_DEVICE void load_beta(const KernelArgs& args, const ChunkSpan* spans, i64 head, float* beta) {
+  for (int row = thread_index(); row < chunks * Config::chunk; row += threads) {
+    const ChunkSpan& span = spans[row / Config::chunk];
+    const int local = row % Config::chunk;
+    float b = 0.f;
+    if (local < span.rows)
+      b = beta_value(to_float(*row_of<const Config::Beta>(args.beta, span.batch, span.first + local, head)));
+    beta[row] = b;
   }
 }
 

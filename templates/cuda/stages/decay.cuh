@@ -15,6 +15,8 @@ namespace kda {
 
 constexpr int kAnchorRow = 8;
 constexpr float kPairGateFloor = -13.5f;
+/// 2 to this is 0, and differences of sums stay finite.
+constexpr float kGateFloor = -256.f;
 
 /// How a CTA of `threads` spreads `tiles` tiles: threads of one tile are whole warps.
 template <int threads, int tiles>
@@ -44,13 +46,19 @@ KDA_DEVICE void load_elements(const T* p, float (&x)[width]) {
     else
       x[i] = i % 2 == 0 ? low_half<T>(raw.w[i / 2]) : high_half<T>(raw.w[i / 2]);
 }
-template <int width>
-KDA_DEVICE void store_operands(Operand* p, const float (&x)[width]) {
-  RawElements<Operand, width> raw;
+template <class T, int width>
+KDA_DEVICE void store_elements(T* p, const float (&x)[width]) {
+  RawElements<T, width> raw;
+  if constexpr (sizeof(T) == 4) {
 #pragma unroll
-  for (int i = 0; i < width; i += 2)
-    raw.w[i / 2] = pack2<Operand>(x[i], x[i + 1]);
-  *reinterpret_cast<RawElements<Operand, width>*>(p) = raw;
+    for (int i = 0; i < width; ++i)
+      raw.w[i] = float_bits(x[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < width; i += 2)
+      raw.w[i / 2] = pack2<T>(x[i], x[i + 1]);
+  }
+  *reinterpret_cast<RawElements<T, width>*>(p) = raw;
 }
 
 /// Base-2 gates parked in fp32 in two 16-bit tiles, the upper and lower halves of their bits at the same
@@ -85,15 +93,14 @@ struct GateSums {
   float* anchor; ///< clamped, up to and with row kAnchorRow of the tile
 };
 
-/// Evaluates the gates of this thread's channels of its tile (which starts at row `first` of `chunk`), parks
-/// them and writes the tile's sums: `total`, and for accumulate_anchors the clamped sum of all rows in
-/// `start` and of rows 0..kAnchorRow in `anchor`. Rows behind the chunk's end and padding channels do not
-/// decay. No barrier.
-template <class Map>
+/// Evaluates the gates of this thread's channels of its tile (which starts at row `first` of `chunk`), gives
+/// those of each row of the tile to `park`(row, gates) and writes the tile's sums: `total`, and for
+/// accumulate_anchors the clamped sum of all rows in `start` and of rows 0..kAnchorRow in `anchor`. Rows
+/// behind the chunk's end and padding channels do not decay. No barrier.
+template <class Map, class Park>
 KDA_DEVICE void evaluate_gates(const KernelArgs& args, const Map& map, const ChunkSpan& chunk, int first,
-                               i64 head, Operand* high, Operand* low, const GateSums& sums) {
+                               i64 head, const GateSums& sums, const Park& park) {
   constexpr int width = Map::width;
-  constexpr int stride = Tile<kPaddedK>::stride;
   if (!map.active) return;
   const int channel = min(map.channel, Config::K - width); // padding channels read others
   const int rows = channel == map.channel ? chunk.rows - first : 0;
@@ -103,7 +110,6 @@ KDA_DEVICE void evaluate_gates(const KernelArgs& args, const Map& map, const Chu
     a = exp_clamped(args.A_log[head]);
   const auto* g = row_of<const Config::Gate>(args.g, chunk.batch, chunk.first, head) + channel;
   float total[width] = {}, anchor[width] = {}, whole[width] = {};
-  const int place = map.tile * kTileRows * stride + map.channel;
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     constexpr int kHalf = kTileRows / 2; // loads in flight
@@ -117,12 +123,12 @@ KDA_DEVICE void evaluate_gates(const KernelArgs& args, const Map& map, const Chu
 #pragma unroll
       for (int i = 0; i < width; ++i) {
         const float gate = gate_log2(x[r][i], bias[i], a, args.lower_bound);
-        x[r][i] = row < rows ? gate : 0.f;
+        x[r][i] = row < rows ? max(gate, kGateFloor) : 0.f;
         total[i] += x[r][i];
         whole[i] += max(x[r][i], kPairGateFloor);
         if (r == 0) anchor[i] = whole[i]; // of the second half: row kAnchorRow
       }
-      park_gates(high + place + row * stride, low + place + row * stride, x[r]);
+      park(row, x[r]);
     }
   }
 #pragma unroll

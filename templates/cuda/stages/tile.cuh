@@ -18,6 +18,12 @@ constexpr int kPaddedV = (Config::V + 15) / 16 * 16;
 /// Tiles of a chunk.
 constexpr int kChunkTiles = Config::chunk / kTileRows;
 
+/// What lies `offset` bytes into the CTA's shared memory.
+template <class T>
+KDA_DEVICE T* shared_at(int offset) {
+  return reinterpret_cast<T*>(shared_memory() + offset);
+}
+
 template <int columns>
 struct Tile {
   static constexpr int stride = columns + 8;
@@ -70,6 +76,12 @@ KDA_DEVICE void load_a_swizzled(u32 (&a)[4], const Operand* x, int row, int colu
   load_matrix_x4(a, x + SwizzledTile<columns>::place(row + (lane & 15), column + (lane >> 4) * 8));
 }
 template <int columns>
+KDA_DEVICE void load_b_swizzled(u32 (&b)[4], const Operand* x, int n, int k) {
+  const int lane = lane_index();
+  load_matrix_x4(b,
+                 x + SwizzledTile<columns>::place(n + (lane & 7) + (lane >> 4) * 8, k + (lane >> 3 & 1) * 8));
+}
+template <int columns>
 KDA_DEVICE void load_b_transposed_swizzled(u32 (&b)[4], const Operand* x, int k, int n) {
   const int lane = lane_index();
   load_matrix_x4_transposed(b, x + SwizzledTile<columns>::place(k + (lane & 15), n + (lane >> 4) * 8));
@@ -98,6 +110,51 @@ KDA_DEVICE u32 as_operand(u32 pair) {
 template <>
 KDA_DEVICE u32 as_operand<Operand>(u32 pair) {
   return pair;
+}
+
+/// Transposes 4 words of 4 neighbouring lanes: word i of lane t goes to word t of lane i.
+KDA_DEVICE void transpose_quad(Word4& x) {
+  const bool odd = lane_index() & 1, upper = lane_index() & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const u32 received = shuffle_xor(odd ? x.w[i] : x.w[i + 1], 1);
+    x.w[i] = odd ? received : x.w[i];
+    x.w[i + 1] = odd ? x.w[i + 1] : received;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const u32 received = shuffle_xor(upper ? x.w[i] : x.w[i + 2], 2);
+    x.w[i] = upper ? received : x.w[i];
+    x.w[i + 2] = upper ? x.w[i + 2] : received;
+  }
+}
+
+/// 16x16 accumulators rounded to T, for store_rows.
+template <class T>
+KDA_DEVICE Word4 pack_rows(const Accumulator& x) {
+  Word4 words;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) // row half w/2, column half w%2
+    words.w[w] = pack2<T>(x.d[w & 1][w & 2], x.d[w & 1][(w & 2) + 1]);
+  return words;
+}
+/// Stores them to rows of `dim` elements; `p` is at the first row and column, `rows` and `columns` what
+/// exists from there.
+template <int dim, class T>
+KDA_DEVICE void store_rows(T* p, i64 stride, Word4 words, int rows, int columns) {
+  const int row = lane_index() >> 2, t = lane_index() & 3;
+  if constexpr (dim % 8 == 0) {
+    // Whole 32-byte sectors: a lane gets 8 columns of one token.
+    transpose_quad(words);
+    const int r = row + (t >> 1) * 8, c = (t & 1) * 8;
+    if (r < rows && c < columns) *reinterpret_cast<Word4*>(p + r * stride + c) = words;
+  } else {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int r = row + (w >> 1) * 8, c = (w & 1) * 8 + t * 2;
+      if (r < rows && c < columns) *reinterpret_cast<u32*>(p + r * stride + c) = words.w[w];
+    }
+  }
 }
 
 } // namespace kda

@@ -1,11 +1,11 @@
 #pragma once
-// Chunk-parallel part of the forward: from q, k, v, g and beta of some chunks of one value head to their
-// factor records (record.cuh). No chunk needs another.
+// Chunk-parallel first part of forward and backward: from q, k, v, g and beta of some chunks of one value
+// head to their factor records (record.cuh). No chunk needs another.
 //
 // Budget at K = V = 128, bf16, C = 64, 4 warps: reads 1,026 B and writes 1,112 B a token and head, 77 KB of
 // shared memory so that 3 CTAs share an SM and cover each other's barriers (8 + C/16 of them), about 55
 // instructions an element, 1,060 mma.sync of 16x8x16.
-#include "chunk_forward/record.cuh"
+#include "chunk/record.cuh"
 #include "stages/decay.cuh"
 #include "stages/pair.cuh"
 #include "stages/solve.cuh"
@@ -57,25 +57,9 @@ constexpr int prepare_ctas() {
   return fit > 3 ? 3 : fit < 1 ? 1 : fit;
 }
 
-template <class T>
-KDA_DEVICE T* shared_at(int offset) {
-  return reinterpret_cast<T*>(shared_memory() + offset);
-}
 KDA_DEVICE GateSums prepare_sums() {
   return {shared_at<float>(PrepareShared::total), shared_at<float>(PrepareShared::start),
           shared_at<float>(PrepareShared::anchor)};
-}
-
-KDA_DEVICE void load_beta(const KernelArgs& args, const ChunkSpan* spans, int head) {
-  float* beta = shared_at<float>(PrepareShared::beta);
-  for (int row = thread_index(); row < kPrepareRows; row += kPrepareThreads) {
-    const ChunkSpan& span = spans[row / Config::chunk];
-    const int local = row % Config::chunk;
-    float b = 0.f;
-    if (local < span.rows)
-      b = beta_value(to_float(*row_of<const Config::Beta>(args.beta, span.batch, span.first + local, head)));
-    beta[row] = b;
-  }
 }
 
 /// k 2^(tot - G) of this thread's tile into the record: running sums from the chunk's end backwards.
@@ -100,7 +84,7 @@ KDA_DEVICE void write_state_keys(const PrepareMap& map, unsigned char* record) {
       k[i] *= factor[r] * exp2_fast(after[i]);
       after[i] += g[i];
     }
-    store_operands(out + Record::KeyTile::place(local_tile * kTileRows + r, map.channel), k);
+    store_elements(out + Record::KeyTile::place(local_tile * kTileRows + r, map.channel), k);
   }
   if (local_tile == 0) {
     // The running sum has reached the chunk's start: tot.
@@ -151,8 +135,8 @@ KDA_DEVICE void write_operands(const PrepareMap& map, unsigned char* record) {
       x[i] = q[i] * g[i];
       y[i] = k[i] * g[i];
     }
-    store_operands(row_q + r * stride, x);
-    store_operands(row_k + r * stride, y);
+    store_elements(row_q + r * stride, x);
+    store_elements(row_k + r * stride, y);
 #pragma unroll
     for (int i = 0; i < width; ++i) {
       const float decay = exp2_fast(sum[i]);
@@ -160,10 +144,10 @@ KDA_DEVICE void write_operands(const PrepareMap& map, unsigned char* record) {
       y[i] = k[i] * decay;
       q[i] *= decay * start[i];
     }
-    store_operands(column_k + r * stride, x);
-    store_operands(decayed_k + r * stride, y);
+    store_elements(column_k + r * stride, x);
+    store_elements(decayed_k + r * stride, y);
     if (out != nullptr)
-      store_operands(out + Record::KeyTile::place(local_tile * kTileRows + r, map.channel), q);
+      store_elements(out + Record::KeyTile::place(local_tile * kTileRows + r, map.channel), q);
   }
 }
 
@@ -185,7 +169,12 @@ KDA_DEVICE void write_pairs(const KernelArgs& args, i64 first_chunk, const Chunk
       mask_diagonal(m, false);
     }
     unsigned char* record = record_of(args, first_chunk + chunk, head);
-    *fragment(record + Record::m, pair_place(pair.i % kChunkTiles, pair.j % kChunkTiles)) = pack_a(m);
+    Word4 words = pack_a(m);
+    if constexpr (Config::backward)
+#pragma unroll
+      for (int w = 0; w < 4; ++w)
+        words.w[w] = transpose_matrix(words.w[w]);
+    *fragment(record + Record::m, pair_place(pair.i % kChunkTiles, pair.j % kChunkTiles)) = words;
   }
   sync_block();
 #pragma unroll
@@ -196,6 +185,15 @@ KDA_DEVICE void write_pairs(const KernelArgs& args, i64 first_chunk, const Chunk
     store_solve_tile(shared_at<float>(PrepareShared::matrix) + row * kSolveStride, pair.i % kChunkTiles,
                      pair.j % kChunkTiles, l[round], shared_at<float>(PrepareShared::beta) + row);
   }
+}
+
+/// 16 channels of 16 tokens into a KeyTile, 16 bytes a lane.
+KDA_DEVICE void store_key_block(Operand* tile, const Accumulator& x, int token_tile, int block) {
+  const int row = lane_index() >> 2, t = lane_index() & 3;
+  Word4 words = pack_rows<Operand>(x);
+  transpose_quad(words);
+  *reinterpret_cast<Word4*>(tile + Record::KeyTile::place(token_tile * kTileRows + row + (t >> 1) * 8,
+                                                          block * 16 + (t & 1) * 8)) = words;
 }
 
 /// One warp: 16 channels of W = T k 2^G of a chunk. Tiles j from the last to the first: k's decay counts from
@@ -232,9 +230,13 @@ KDA_DEVICE void write_w(const TransposedT& t_transposed, int first_row, int bloc
   }
 #pragma unroll
   for (int i = 0; i < kChunkTiles; ++i) {
-    // As the B operand of S^T W^T: tokens are N. Rows 0..7 give its first two words.
-    const Word4 a = pack_a(w[i]);
-    *fragment(record + Record::w, i * kKeyBlocks + block) = Word4{{a.w[0], a.w[2], a.w[1], a.w[3]}};
+    if constexpr (Config::backward) {
+      store_key_block(reinterpret_cast<Operand*>(record + Record::w), w[i], i, block);
+    } else {
+      // As the B operand of S^T W^T: tokens are N. Rows 0..7 give its first two words.
+      const Word4 a = pack_a(w[i]);
+      *fragment(record + Record::w, i * kKeyBlocks + block) = Word4{{a.w[0], a.w[2], a.w[1], a.w[3]}};
+    }
   }
 }
 
@@ -263,6 +265,16 @@ KDA_DEVICE void write_u(const TransposedT& t_transposed, int first_row, int bloc
     *fragment(record + Record::u, block * kChunkTiles + i) = pack_a(u[i]);
 }
 
+/// X^T for R = X^T dU, from the solved matrix.
+KDA_DEVICE void write_inverse(const float* matrix, int pair, unsigned char* record) {
+  const TilePair at = find_pair<kChunkTiles>(pair);
+  const SplitOperand x = at.i == at.j ? load_split_transposed(matrix + solve_place(at.i, at.i))
+                                      : load_split(matrix + solve_place(at.j, at.i));
+  const int place = 2 * pair_place(at.i, at.j);
+  *fragment(record + Record::x, place) = Word4{{x.high[0], x.high[1], x.high[2], x.high[3]}};
+  *fragment(record + Record::x, place + 1) = Word4{{x.low[0], x.low[1], x.low[2], x.low[3]}};
+}
+
 KDA_DEVICE void prepare_chunks(const KernelArgs& args) {
   const int head = block_index_x() % args.value_heads;
   const i64 first_chunk = static_cast<i64>(block_index_x() / args.value_heads) * kPrepareChunks;
@@ -278,12 +290,16 @@ KDA_DEVICE void prepare_chunks(const KernelArgs& args) {
   load_rows<Config::K, kPrepareChunks, kPrepareThreads, Config::Element>(row_q, args.q, spans, key_head);
   load_rows<Config::K, kPrepareChunks, kPrepareThreads, Config::Element>(row_k, args.k, spans, key_head);
   commit_copies();
-  load_beta(args, spans, head);
+  load_beta<kPrepareChunks, kPrepareThreads>(args, spans, head, shared_at<float>(PrepareShared::beta));
   const PrepareMap map;
   const int chunk = map.tile / kChunkTiles;
-  evaluate_gates(args, map, spans[chunk], map.tile % kChunkTiles * kTileRows, head,
-                 shared_at<Operand>(PrepareShared::decayed_k), shared_at<Operand>(PrepareShared::column_k),
-                 prepare_sums());
+  const int place = map.tile * kTileRows * Tile<kPaddedK>::stride + map.channel;
+  evaluate_gates(args, map, spans[chunk], map.tile % kChunkTiles * kTileRows, head, prepare_sums(),
+                 [&](int row, const float(&g)[PrepareMap::width]) {
+                   const int at = place + row * Tile<kPaddedK>::stride;
+                   park_gates(shared_at<Operand>(PrepareShared::decayed_k) + at,
+                              shared_at<Operand>(PrepareShared::column_k) + at, g);
+                 });
   wait_copies<0>();
   sync_block();
   accumulate_anchors<kPrepareThreads, kPrepareTiles>(prepare_sums());
@@ -308,17 +324,20 @@ KDA_DEVICE void prepare_chunks(const KernelArgs& args) {
                                                       shared_at<float>(PrepareShared::beta), t_transposed);
   wait_copies<0>();
   sync_block();
-  constexpr int blocks = kKeyBlocks + kValueBlocks;
+  constexpr int blocks = kKeyBlocks + kValueBlocks, tasks = blocks + (Config::backward ? kChunkPairs : 0);
 #pragma unroll 1
-  for (int task = warp_index(); task < kPrepareChunks * blocks; task += Config::prepare_warps) {
-    const int c = task / blocks, block = task % blocks, first_row = c * Config::chunk;
+  for (int task = warp_index(); task < kPrepareChunks * tasks; task += Config::prepare_warps) {
+    const int c = task / tasks, block = task % tasks, first_row = c * Config::chunk;
     if (spans[c].rows == 0) break;
     unsigned char* record = record_of(args, first_chunk + c, head);
     const TransposedT t = t_transposed.chunk(first_row);
     if (block < kKeyBlocks)
       write_w(t, first_row, block, record);
-    else
+    else if (block < blocks)
       write_u(t, first_row, block - kKeyBlocks, record);
+    else if constexpr (Config::backward)
+      write_inverse(shared_at<float>(PrepareShared::matrix) + first_row * kSolveStride, block - blocks,
+                    record);
   }
 }
 

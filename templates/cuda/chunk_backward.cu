@@ -1,0 +1,38 @@
+// Chunked backward: factors of all chunks, the state and its gradient from chunk to chunk, then the gradients
+// of all chunks. mma.sync on bf16 operands with fp32 sums: sm_80 and later.
+//
+// Launches: kda_schedule (packed only), kda_prepare, kda_backward_scan, kda_backward_gradients,
+// kda_backward_reduce (gates with parameters), kda_backward_group (grouped value heads).
+#include "chunk/prepare.cuh"
+#include "chunk_backward/finish.cuh"
+#include "chunk_backward/gradients.cuh"
+#include "chunk_backward/scan.cuh"
+
+KDA_KERNEL(256, 1) kda_schedule(KDA_GRID_CONSTANT kda::KernelArgs args) {
+  using namespace kda;
+  if constexpr (Config::varlen)
+    write_chunk_offsets<256>(args, static_cast<int*>(args.workspace[0]),
+                             reinterpret_cast<int*>(shared_memory()));
+}
+
+KDA_KERNEL(kda::kPrepareThreads, kda::prepare_ctas()) kda_prepare(KDA_GRID_CONSTANT kda::KernelArgs args) {
+  kda::prepare_chunks(args);
+}
+
+KDA_KERNEL(kda::kScanThreads, 1) kda_backward_scan(KDA_GRID_CONSTANT kda::KernelArgs args) {
+  kda::scan_chunks(args);
+}
+
+KDA_KERNEL(kda::kGradientThreads, kda::gradient_ctas())
+kda_backward_gradients(KDA_GRID_CONSTANT kda::KernelArgs args) {
+  kda::compute_gradients(args);
+}
+
+/// One CTA a value head.
+KDA_KERNEL(kda::kReduceThreads, 1) kda_backward_reduce(KDA_GRID_CONSTANT kda::KernelArgs args) {
+  kda::reduce_parameters(args);
+}
+
+KDA_KERNEL(kda::kGroupThreads, 1) kda_backward_group(KDA_GRID_CONSTANT kda::KernelArgs args) {
+  if constexpr (kda::Config::group > 1) kda::sum_group(args);
+}

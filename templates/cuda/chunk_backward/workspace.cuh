@@ -1,0 +1,23 @@
+#pragma once
+// What the kernels of the chunk backward leave for each other. Slots 0 and 1 are those of chunk/record.cuh;
+// the others hold, for [chunk][value head]:
+//   2, 3: S at the chunk's start and its gradient D at the chunk's end, both transposed and as A fragments
+//         [value block][channel block]
+//   4, 5: U and its gradient dU, transposed accumulators [value block][token tile]
+//   6, 7: this chunk's part of d dt_bias, fp32 [kPaddedK], and of d A_log, fp32
+// and, for grouped value heads only, fp32 [B][HV][T][K]:
+//   8, 9: a value head's part of dq and dk
+#include "chunk/record.cuh"
+
+namespace kda {
+
+constexpr int kStateBytes = kValueBlocks * kKeyBlocks * kFragmentBytes;
+constexpr int kValuesBytes = kValueBlocks * kChunkTiles * kFragmentBytes;
+
+template <int slot>
+KDA_DEVICE unsigned char* chunk_slot(const KernelArgs& args, i64 chunk, int head) {
+  constexpr int bytes = slot <= 3 ? kStateBytes : kValuesBytes;
+  return static_cast<unsigned char*>(args.workspace[slot]) + (chunk * args.value_heads + head) * bytes;
+}
+
+} // namespace kda
