@@ -28,13 +28,6 @@ KDA_DEVICE void load_matrix_x4_transposed(u32 (&r)[4], const void* row) {
                : "r"(shared_address(row))
                : "memory");
 }
-/// One 8x8 matrix of 16-bit values held by a warp as fragments hold it, two of a row a lane, transposed.
-KDA_DEVICE u32 transpose_matrix(u32 x) {
-  u32 y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-
 /// d += a * b, T = bf16 or fp16, fp32 accumulation.
 template <class T>
 KDA_DEVICE void mma_16x8x16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1);

@@ -5,7 +5,7 @@
 // rows that ldmatrix reads together lie in 8 different bank groups, whatever K and V are. Operands of the
 // tensor unit are bf16 for every 16-bit dtype: decays and the state leave fp16's range.
 #include "config.cuh"
-#include "primitives/mma.cuh"
+#include "primitives/matrix.cuh"
 
 namespace kda {
 

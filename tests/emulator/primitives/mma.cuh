@@ -17,13 +17,6 @@ KDA_DEVICE void load_matrix_x4_transposed(u32 (&r)[4], const void* row) {
   emulator::LoadMatrixArguments arguments{r, row};
   emulator::current().services->collective(emulator::WarpOperation::load_matrix_transposed, &arguments);
 }
-/// Element (row, column) is half column % 2 of lane 4 * row + column / 2.
-KDA_DEVICE u32 transpose_matrix(u32 x) {
-  const int row = lane_index() >> 2, column = (lane_index() & 3) * 2;
-  const u32 first = shuffle(x, 4 * column + row / 2), second = shuffle(x, 4 * column + 4 + row / 2);
-  return row % 2 == 0 ? (first & 0xffffu) | second << 16 : first >> 16 | (second & 0xffff0000u);
-}
-
 template <class T>
 KDA_DEVICE void mma_16x8x16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1);
 template <>
