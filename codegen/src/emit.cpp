@@ -54,11 +54,10 @@ struct Config {{
       fmt::arg("v", p.value_dim), fmt::arg("group", p.value_heads / p.heads),
       fmt::arg("gate", to_string(p.gate)), fmt::arg("dt_bias", p.dt_bias),
       fmt::arg("sigmoid", p.beta_sigmoid), fmt::arg("twice", p.beta_times_two), fmt::arg("norm", p.qk_l2norm),
-      fmt::arg("varlen", p.varlen),
-      fmt::arg("backward", p.operation == Operation::backward), fmt::arg("v_k", p.state_layout == StateLayout::v_k),
-      fmt::arg("chunk", v.chunk), fmt::arg("value_tile", v.value_tile),
-      fmt::arg("prepare_warps", v.prepare_warps), fmt::arg("scan_warps", v.scan_warps),
-      fmt::arg("rows", v.rows), fmt::arg("stages", v.stages));
+      fmt::arg("varlen", p.varlen), fmt::arg("backward", p.operation == Operation::backward),
+      fmt::arg("v_k", p.state_layout == StateLayout::v_k), fmt::arg("chunk", v.chunk),
+      fmt::arg("value_tile", v.value_tile), fmt::arg("prepare_warps", v.prepare_warps),
+      fmt::arg("scan_warps", v.scan_warps), fmt::arg("rows", v.rows), fmt::arg("stages", v.stages));
 }
 
 /// Adds every file that `text` includes, at any depth. Templates include each other by their path under

@@ -25,7 +25,7 @@ int gradient_shared(const Problem& p, const Variant& v) {
   const int table = v.chunk * (k + 8) * 4;
   const int values = tile_bytes(v.chunk, value) + 2 * value * v.chunk * 2;
   const int sums = 3 * tiles * k * 4 + k * 4;
-  const int rows = (4 + 3 * v.prepare_warps) * v.chunk * 4;
+  const int rows = (4 + 4 * v.prepare_warps) * v.chunk * 4;
   return (3 * tile_bytes(v.chunk, k) + 2 * table + 2 * tile_bytes(v.chunk, v.chunk) +
           std::max(values, table) + sums + rows + 24 + 15) /
          16 * 16;

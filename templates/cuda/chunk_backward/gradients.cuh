@@ -60,8 +60,8 @@ struct GradientShared {
   static constexpr int k_factor = q_factor + C * 4;
   static constexpr int beta = k_factor + C * 4;
   static constexpr int diagonal = beta + C * 4;     ///< dM_ii
-  static constexpr int row_sums = diagonal + C * 4; ///< [3][warp][C]: dbeta, q.dq, k.dk
-  static constexpr int span = row_sums + 3 * kGradientWarps * C * 4;
+  static constexpr int row_sums = diagonal + C * 4; ///< [4][warp][C]: dbeta from v, from k, q.dq, k.dk
+  static constexpr int span = row_sums + 4 * kGradientWarps * C * 4;
   static constexpr int bytes = (span + 24 + 15) / 16 * 16;
   static constexpr int parameters = row_q; ///< [tile][kPaddedK] d dt_bias, [warp] d A_log, at the end
 };
@@ -80,22 +80,21 @@ KDA_DEVICE float* table_at(int offset, int row, int channel) {
   return shared_at<float>(offset) + row * kTableStride + channel;
 }
 
-/// Sums over channels or columns of V that a lane collects for its rows of every tile.
+/// Sums over channels or columns of V that a lane collects for its rows g and g + 8 of a tile.
 struct RowSums {
-  float x[kChunkTiles][2] = {};
+  float x[2] = {};
 };
-KDA_DEVICE void write_row_sums(const RowSums& sums, int which) {
+KDA_DEVICE void write_row_sums(const RowSums& sums, int which, int tile) {
   float* out = shared_at<float>(GradientShared::row_sums) +
-               (which * kGradientWarps + warp_index()) * Config::chunk + (lane_index() >> 2);
+               (which * kGradientWarps + warp_index()) * Config::chunk + tile * kTileRows +
+               (lane_index() >> 2);
 #pragma unroll
-  for (int i = 0; i < kChunkTiles; ++i)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float sum = sums.x[i][e];
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-      if ((lane_index() & 3) == 0) out[i * kTileRows + e * 8] = sum;
-    }
+  for (int e = 0; e < 2; ++e) {
+    float sum = sums.x[e];
+    sum += shuffle_xor(sum, 1);
+    sum += shuffle_xor(sum, 2);
+    if ((lane_index() & 3) == 0) out[e * 8] = sum;
+  }
 }
 KDA_DEVICE float read_row_sum(int which, int row) {
   const float* in = shared_at<float>(GradientShared::row_sums) + which * kGradientWarps * Config::chunk + row;
@@ -123,7 +122,7 @@ KDA_DEVICE void load_block(const Config::Element* p, i64 stride, int rows, int c
 
 /// One warp: U and R = X^T dU of 16 columns of V as operands, dv, and R's share of dbeta.
 KDA_DEVICE void load_values(const KernelArgs& args, const ChunkSpan& span, i64 chunk, int head, int block,
-                            RowSums& d_beta) {
+                            RowSums (&d_beta)[kChunkTiles]) {
   const unsigned char* const u = chunk_slot<4>(args, chunk, head);
   const unsigned char* const d_u = chunk_slot<5>(args, chunk, head);
   const unsigned char* const x = record_of(args, chunk, head) + Record::x;
@@ -157,7 +156,7 @@ KDA_DEVICE void load_values(const KernelArgs& args, const ChunkSpan& span, i64 c
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        d_beta.x[i][e >> 1] = fma(r[i].d[n][e], v[n][e], d_beta.x[i][e >> 1]);
+        d_beta[i].x[e >> 1] = fma(r[i].d[n][e], v[n][e], d_beta[i].x[e >> 1]);
         r[i].d[n][e] *= beta[i * kTileRows + (e >> 1) * 8];
       }
     store_rows<Config::V>(row_of<Config::Element>(args.d_v, span.batch, first, head) + block * 16,
@@ -354,7 +353,7 @@ KDA_DEVICE PairSums multiply_pairs(int tile, int block) {
   return sums;
 }
 
-/// Row sums of a warp: dbeta, and q.dq and k.dk of the normalised rows.
+/// Of one tile: what k gives to dbeta, and q.dq and k.dk of the normalised rows.
 struct WarpSums {
   RowSums beta, q, k;
 };
@@ -426,9 +425,9 @@ KDA_DEVICE void combine(const KernelArgs& args, const ChunkSpan& span, int head,
         to_end[i] = k * k_end;
         crossing[i] = fma(row_q.x[i], pairs.q.d[n][e],
                           fma(row_k.x[i], pairs.l.d[n][e], -column_k.x[i] * pairs.k.d[n][e]));
-        warp.beta.x[tile][half] = fma(k, k_row, warp.beta.x[tile][half]);
-        warp.q.x[tile][half] = fma(yq, dq, warp.q.x[tile][half]);
-        warp.k.x[tile][half] = fma(k, dk, warp.k.x[tile][half]);
+        warp.beta.x[half] = fma(k, k_row, warp.beta.x[half]);
+        warp.q.x[half] = fma(yq, dq, warp.q.x[half]);
+        warp.k.x[half] = fma(k, dk, warp.k.x[half]);
         gradients.q[tile].d[n][e] = dq;
         gradients.k[tile].d[n][e] = dk;
       }
@@ -465,8 +464,8 @@ KDA_DEVICE void store_key_gradients(const KernelArgs& args, const ChunkSpan& spa
     const int row = tile * kTileRows + (lane_index() >> 2) + half * 8;
     const float q_factor = shared_at<float>(GradientShared::q_factor)[row];
     const float k_factor = shared_at<float>(GradientShared::k_factor)[row];
-    const float q_dot = Config::qk_l2norm ? read_row_sum(1, row) : 0.f;
-    const float k_dot = Config::qk_l2norm ? read_row_sum(2, row) : 0.f;
+    const float q_dot = Config::qk_l2norm ? read_row_sum(2, row) : 0.f;
+    const float k_dot = Config::qk_l2norm ? read_row_sum(3, row) : 0.f;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -497,7 +496,7 @@ KDA_DEVICE void store_beta_gradients(const KernelArgs& args, const ChunkSpan& sp
   for (int row = thread_index(); row < span.rows; row += kGradientThreads) {
     const float raw = to_float(*row_of<const Config::Beta>(args.beta, span.batch, span.first + row, head));
     *row_of<Config::Beta>(args.d_beta, span.batch, span.first + row, head) =
-        from_float<Config::Beta>(read_row_sum(0, row) * beta_derivative(raw));
+        from_float<Config::Beta>((read_row_sum(0, row) + read_row_sum(1, row)) * beta_derivative(raw));
   }
 }
 
@@ -644,38 +643,43 @@ KDA_DEVICE void compute_gradients(const KernelArgs& args) {
   write_row_factors<kGradientThreads, Config::chunk>(row_q, row_k, 1.f,
                                                      shared_at<float>(GradientShared::q_factor),
                                                      shared_at<float>(GradientShared::k_factor));
-  WarpSums warp;
-  const int warp_number = warp_index();
+  const int warp = warp_index();
+  RowSums d_beta[kChunkTiles];
 #pragma unroll 1
-  for (int block = warp_number; block < kValueBlocks; block += kGradientWarps)
-    load_values(args, span, chunk, head, block, warp.beta);
+  for (int block = warp; block < kValueBlocks; block += kGradientWarps)
+    load_values(args, span, chunk, head, block, d_beta);
+#pragma unroll
+  for (int tile = 0; tile < kChunkTiles; ++tile)
+    write_row_sums(d_beta[tile], 0, tile);
   sync_block();
   if (map.active) write_pair_operands(args, map);
 #pragma unroll 1
-  for (int task = warp_number; task < kChunkPairs; task += kGradientWarps)
+  for (int task = warp; task < kChunkPairs; task += kGradientWarps)
     write_pair_gradients(task);
   sync_block();
   BlockGradients gradients[kWarpBlocks];
 #pragma unroll
   for (int n = 0; n < kWarpBlocks; ++n)
-    if (const int block = warp_number + n * kGradientWarps; block < kKeyBlocks)
+    if (const int block = warp + n * kGradientWarps; block < kKeyBlocks)
       multiply_states(args, chunk, head, block, gradients[n]);
   sync_block(); // dO, U and R are dead
 #pragma unroll
-  for (int n = 0; n < kWarpBlocks; ++n)
-    if (const int block = warp_number + n * kGradientWarps; block < kKeyBlocks)
+  for (int tile = 0; tile < kChunkTiles; ++tile) {
+    WarpSums sums;
 #pragma unroll
-      for (int tile = 0; tile < kChunkTiles; ++tile)
-        combine(args, span, head, tile, block, gradients[n], warp);
-  write_row_sums(warp.beta, 0);
-  if constexpr (Config::qk_l2norm) {
-    write_row_sums(warp.q, 1);
-    write_row_sums(warp.k, 2);
+    for (int n = 0; n < kWarpBlocks; ++n)
+      if (const int block = warp + n * kGradientWarps; block < kKeyBlocks)
+        combine(args, span, head, tile, block, gradients[n], sums);
+    write_row_sums(sums.beta, 1, tile);
+    if constexpr (Config::qk_l2norm) {
+      write_row_sums(sums.q, 2, tile);
+      write_row_sums(sums.k, 3, tile);
+    }
   }
   sync_block();
 #pragma unroll
   for (int n = 0; n < kWarpBlocks; ++n)
-    if (const int block = warp_number + n * kGradientWarps; block < kKeyBlocks)
+    if (const int block = warp + n * kGradientWarps; block < kKeyBlocks)
 #pragma unroll
       for (int tile = 0; tile < kChunkTiles; ++tile)
         store_key_gradients(args, span, head, tile, block, gradients[n]);
