@@ -13,10 +13,12 @@ int scan_shared(const Problem& p, const Variant& v) {
   const int backwards = 3 * key_tile + chunk_pairs(v.chunk) * 512 + k * 4 + tile_bytes(v.chunk, v.value_tile);
   return v.stages * std::max(forwards, backwards);
 }
-/// Registers of a scan thread, fitted to ptxas 13.0: D and its bf16 copy, dO and dU.
-constexpr int kMostRegisters = 248;
+/// Registers of a scan thread, fitted to ptxas 13.0: D and its bf16 copy, dO and dU. Beyond kMostRegisters it
+/// spills.
+constexpr int kMostRegisters = 250;
 int scan_registers(const Problem& p, const Variant& v) {
-  return 9 * padded(p.key_dim) / 16 + v.chunk / 2 + 110;
+  const int k = padded(p.key_dim);
+  return v.chunk == 64 ? 106 + 9 * k / 8 : v.chunk == 32 ? 96 + 27 * k / 32 : 200;
 }
 
 /// chunk_backward/gradients.cuh.
@@ -121,7 +123,7 @@ WorkspaceLayout buffers(const Problem& p, const Variant& v, const Sizes& s) {
   WorkspaceLayout layout;
   layout.add(p.varlen ? static_cast<std::size_t>(s.sequences + 1) * sizeof(int) : 0);
   layout.add(chunks * static_cast<std::size_t>(record_bytes(p, v)));
-  for (const std::size_t bytes : {states, states, rows, rows})
+  for (const std::size_t bytes : {states, states, rows, 2 * rows})
     layout.add(bytes);
   layout.add(p.dt_bias ? chunks * keys * sizeof(float) : 0);
   layout.add(reads_a_log(p.gate) ? chunks * sizeof(float) : 0);

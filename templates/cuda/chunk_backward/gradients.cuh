@@ -65,9 +65,10 @@ struct GradientShared {
   static constexpr int bytes = (span + 24 + 15) / 16 * 16;
   static constexpr int parameters = row_q; ///< [tile][kPaddedK] d dt_bias, [warp] d A_log, at the end
 };
+/// CTAs that share an SM. A warp holds 48 registers of accumulators for each 16x16 block of its channels.
 constexpr int gradient_ctas() {
   constexpr int fit = 233472 / (GradientShared::bytes + 1024);
-  constexpr int registers = 65536 / (kGradientThreads * 128);
+  constexpr int registers = 65536 / (kGradientThreads * (kWarpBlocks * kChunkTiles > 2 ? 256 : 128));
   constexpr int ctas = fit < registers ? fit : registers;
   return ctas < 1 ? 1 : ctas;
 }
@@ -130,7 +131,8 @@ KDA_DEVICE void load_values(const KernelArgs& args, const ChunkSpan& span, i64 c
   Accumulator r[kChunkTiles];
 #pragma unroll
   for (int j = 0; j < kChunkTiles; ++j) {
-    const Word4 b = *fragment(d_u, block * kChunkTiles + j);
+    const Word4 b = *fragment(d_u, (block * kChunkTiles + j) * 2);
+    const Word4 b_rest = *fragment(d_u, (block * kChunkTiles + j) * 2 + 1);
 #pragma unroll
     for (int i = 0; i <= j; ++i)
 #pragma unroll
@@ -138,6 +140,9 @@ KDA_DEVICE void load_values(const KernelArgs& args, const ChunkSpan& span, i64 c
         const Word4 a = *fragment(x, 2 * pair_place(j, i) + part);
         mma_16x8x16<Operand>(r[i].d[0], a.w, b.w[0], b.w[2]);
         mma_16x8x16<Operand>(r[i].d[1], a.w, b.w[1], b.w[3]);
+        if (part != 0) continue;
+        mma_16x8x16<Operand>(r[i].d[0], a.w, b_rest.w[0], b_rest.w[2]);
+        mma_16x8x16<Operand>(r[i].d[1], a.w, b_rest.w[1], b_rest.w[3]);
       }
     const Word4 w = *fragment(u, block * kChunkTiles + j);
     *fragment(shared_at<unsigned char>(GradientShared::u), j * kValueBlocks + block) =

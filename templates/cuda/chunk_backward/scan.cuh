@@ -146,21 +146,42 @@ KDA_DEVICE void scan_backwards(const KernelArgs& args, const ScanWork& work, i64
     for (int n = 0; n < 4; ++n)
       o[i][n] = as_operand<Config::Element>(o[i][n]);
   }
+  Accumulator d_u[kChunkTiles]; // dU^T
+#pragma unroll
+  for (int c = 0; c < kKeyBlocks; ++c) {
+    u32 rest[4]; // what rounding left of D: dbeta is small beside the terms of dU . v that cancel in it
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float* d = state.s[2 * c + (n >> 1)] + (n & 1) * 2;
+      rest[n] =
+          pack2<Operand>(d[0] - low_half<Operand>(rounded[c][n]), d[1] - high_half<Operand>(rounded[c][n]));
+    }
+#pragma unroll
+    for (int j = 0; j < kChunkTiles; ++j) {
+      u32 b[4];
+      load_b_swizzled<kPaddedK>(b, k, j * kTileRows, c * 16);
+      multiply_add(d_u[j], rounded[c], b);
+      multiply_add(d_u[j], rest, b);
+    }
+  }
 #pragma unroll
   for (int j = 0; j < kChunkTiles; ++j) {
-    Accumulator d_u; // dU^T
 #pragma unroll
     for (int i = j; i < kChunkTiles; ++i) {
       const Word4 m = *fragment(stage + Record::m, pair_place(i, j));
-      mma_16x8x16<Operand>(d_u.d[0], o[i], m.w[0], m.w[1]);
-      mma_16x8x16<Operand>(d_u.d[1], o[i], m.w[2], m.w[3]);
+      mma_16x8x16<Operand>(d_u[j].d[0], o[i], m.w[0], m.w[1]);
+      mma_16x8x16<Operand>(d_u[j].d[1], o[i], m.w[2], m.w[3]);
     }
-    multiply_rows(d_u, rounded, k, j * kTileRows);
-    const Word4 packed = pack_a(d_u);
-    *fragment(out, value_block * kChunkTiles + j) = packed;
+    const Word4 packed = pack_a(d_u[j]);
+    Word4 rest; // what rounding leaves: R would lose as much as from rounding D
 #pragma unroll
-    for (int n = 0; n < 4; ++n)
+    for (int n = 0; n < 4; ++n) {
+      rest.w[n] = pack2<Operand>(d_u[j].d[n >> 1][(n & 1) * 2] - low_half<Operand>(packed.w[n]),
+                                 d_u[j].d[n >> 1][(n & 1) * 2 + 1] - high_half<Operand>(packed.w[n]));
       u[j][n] = packed.w[n] ^ 0x80008000u; // -dU
+    }
+    *fragment(out, (value_block * kChunkTiles + j) * 2) = packed;
+    *fragment(out, (value_block * kChunkTiles + j) * 2 + 1) = rest;
   }
   decay_state(state, stage + Record::decay);
 #pragma unroll

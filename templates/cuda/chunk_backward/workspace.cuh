@@ -3,7 +3,8 @@
 // the others hold, for [chunk][value head]:
 //   2, 3: S at the chunk's start and its gradient D at the chunk's end, both transposed and as A fragments
 //         [value block][channel block]
-//   4, 5: U and its gradient dU, transposed accumulators [value block][token tile]
+//   4:    U, transposed accumulators [value block][token tile]
+//   5:    its gradient dU, the same [value block][token tile][2]: rounded, and what rounding left
 //   6, 7: this chunk's part of d dt_bias, fp32 [kPaddedK], and of d A_log, fp32
 // and, for grouped value heads only, fp32 [B][HV][T][K]:
 //   8, 9: a value head's part of dq and dk
@@ -16,7 +17,7 @@ constexpr int kValuesBytes = kValueBlocks * kChunkTiles * kFragmentBytes;
 
 template <int slot>
 KDA_DEVICE unsigned char* chunk_slot(const KernelArgs& args, i64 chunk, int head) {
-  constexpr int bytes = slot <= 3 ? kStateBytes : kValuesBytes;
+  constexpr int bytes = slot <= 3 ? kStateBytes : slot == 4 ? kValuesBytes : 2 * kValuesBytes;
   return static_cast<unsigned char*>(args.workspace[slot]) + (chunk * args.value_heads + head) * bytes;
 }
 
