@@ -65,17 +65,16 @@ void variants(const Problem& p, const Target& t, std::vector<Candidate>& all) {
   for (const int chunk : {64, 32, 16})
     for (const int value_tile : {64, 32, 128, 16})
       for (const int prepare_warps : {8, 4})
-        for (const int scan_warps : {4, 8})
-          for (const int stages : {2, 3}) {
-            Variant v;
-            v.algorithm = Algorithm::chunk;
-            v.chunk = chunk;
-            v.value_tile = value_tile;
-            v.prepare_warps = prepare_warps;
-            v.scan_warps = scan_warps;
-            v.stages = stages;
-            all.push_back({v, reject(p, t, v)});
-          }
+        for (const int stages : {2, 3}) {
+          Variant v;
+          v.algorithm = Algorithm::chunk;
+          v.chunk = chunk;
+          v.value_tile = value_tile;
+          v.prepare_warps = prepare_warps;
+          v.scan_warps = value_tile == 128 ? 8 : 4; // the state takes every register of 8 warps
+          v.stages = stages;
+          all.push_back({v, reject(p, t, v)});
+        }
 }
 
 /// Both directions; packed, one more sequence zeros what lies behind the last.
