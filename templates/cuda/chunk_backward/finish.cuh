@@ -43,7 +43,7 @@ KDA_DEVICE void reduce_parameters(const KernelArgs& args) {
     if (args.d_dt_bias != nullptr)
       reduce_chunks<kPaddedK>(args, head, static_cast<const float*>(args.workspace[6]),
                               args.d_dt_bias + i64(head) * Config::K, Config::K);
-  if constexpr (Config::gate == GateKind::softplus || Config::gate == GateKind::bounded)
+  if constexpr (kReadsA)
     if (args.d_A_log != nullptr)
       reduce_chunks<1>(args, head, static_cast<const float*>(args.workspace[7]), args.d_A_log + head, 1);
 }

@@ -538,7 +538,6 @@ KDA_DEVICE void sum_tile_tables(const GradientMap& map) {
 KDA_DEVICE void write_gate_gradients(const KernelArgs& args, const ChunkSpan& span, int head,
                                      const GradientMap& map) {
   constexpr int width = GradientMap::width;
-  constexpr bool reads_a = Config::gate == GateKind::softplus || Config::gate == GateKind::bounded;
   float d_bias[width] = {}, d_a = 0.f;
   if (map.active && map.channel < Config::K) {
     const GateSums sums = gradient_sums();
@@ -549,7 +548,7 @@ KDA_DEVICE void write_gate_gradients(const KernelArgs& args, const ChunkSpan& sp
     load_elements(shared_at<float>(GradientShared::state_dot) + map.channel, state);
     if constexpr (Config::dt_bias)
       load_elements<float, width>(args.dt_bias + i64(head) * Config::K + map.channel, bias);
-    const float a = reads_a ? exp_clamped(args.A_log[head]) : 1.f;
+    const float a = kReadsA ? exp_clamped(args.A_log[head]) : 1.f;
     const int first = map.tile * kTileRows;
 #pragma unroll 4
     for (int r = 0; r < kTileRows; ++r) { // sums over the tokens before
@@ -592,7 +591,7 @@ KDA_DEVICE void write_gate_gradients(const KernelArgs& args, const ChunkSpan& sp
 #pragma unroll
       for (int i = 0; i < width; ++i)
         bias_sums[map.tile * kPaddedK + map.channel + i] = d_bias[i];
-  if constexpr (reads_a) {
+  if constexpr (kReadsA) {
     d_a = warp_sum(d_a);
     if (lane_index() == 0) bias_sums[kChunkTiles * kPaddedK + thread_index() / 32] = d_a;
   }
@@ -610,7 +609,7 @@ KDA_DEVICE void store_parameter_parts(const KernelArgs& args, i64 chunk, int hea
         sum += sums[t * kPaddedK + channel];
       static_cast<float*>(args.workspace[6])[at * kPaddedK + channel] = sum;
     }
-  if constexpr (Config::gate == GateKind::softplus || Config::gate == GateKind::bounded)
+  if constexpr (kReadsA)
     if (thread_index() == 0) {
       float sum = 0.f;
       for (int warp = 0; warp < kGradientWarps; ++warp)

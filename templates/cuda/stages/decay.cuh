@@ -106,7 +106,7 @@ KDA_DEVICE void evaluate_gates(const KernelArgs& args, const Map& map, const Chu
   const int rows = channel == map.channel ? chunk.rows - first : 0;
   float bias[width] = {}, a = 1.f;
   if constexpr (Config::dt_bias) load_elements<float, width>(args.dt_bias + head * Config::K + channel, bias);
-  if constexpr (Config::gate == GateKind::softplus || Config::gate == GateKind::bounded)
+  if constexpr (kReadsA)
     a = exp_clamped(args.A_log[head]);
   const auto* g = row_of<const Config::Gate>(args.g, chunk.batch, chunk.first, head) + channel;
   float total[width] = {}, anchor[width] = {}, whole[width] = {};

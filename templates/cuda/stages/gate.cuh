@@ -11,6 +11,8 @@ constexpr float kFloatMax = 3.402823466e38f;
 /// Above this softplus(x) is x, as in PyTorch.
 constexpr float kSoftplusThreshold = 20.f;
 constexpr float kNormEpsilon = 1e-6f;
+/// The gate reads A_log.
+constexpr bool kReadsA = Config::gate == GateKind::softplus || Config::gate == GateKind::bounded;
 
 /// e^x for x clamped to +-87, where e^x is a normal number. ex2 takes y = x*log2(e) rounded, which would cost
 /// |x| * 2^-24; the remainder x - y*ln2, with ln2 in two pieces, puts that back.

@@ -17,7 +17,6 @@ using Spread = RowSpread<Config::K>;
 constexpr int kWarps = Config::scan_warps;
 constexpr int kTileTokens = Config::rows * kWarps;
 constexpr int kChannels = Spread::elements;
-constexpr bool kReadsA = Config::gate == GateKind::softplus || Config::gate == GateKind::bounded;
 
 KDA_DEVICE i64 tiles_per_row(const KernelArgs& args) {
   return (args.tokens + kTileTokens - 1) / kTileTokens;
