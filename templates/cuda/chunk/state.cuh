@@ -6,6 +6,14 @@
 
 namespace kda {
 
+constexpr int kScanThreads = Config::scan_warps * 32;
+constexpr int kScanBlocks = Config::value_tile / 16; ///< of 16 columns
+/// Threads that copy: those of warps without columns, or all.
+constexpr int kScanLoaders =
+    Config::scan_warps > kScanBlocks ? kScanThreads - kScanBlocks * 32 : kScanThreads;
+constexpr int kScanTiles = (kPaddedV + Config::value_tile - 1) / Config::value_tile;
+static_assert(Config::value_tile % 16 == 0 && kScanBlocks <= Config::scan_warps);
+
 /// Copies `bytes` bytes with `threads` threads, of which this is number `thread`.
 template <int bytes, int threads>
 KDA_DEVICE void copy_linear(unsigned char* to, const unsigned char* from, int thread) {
@@ -17,6 +25,7 @@ KDA_DEVICE void copy_linear(unsigned char* to, const unsigned char* from, int th
     if ((i + 1) * threads <= pieces || i * threads + thread < pieces)
       copy_async_16(to + i * threads * 16, from + i * threads * 16);
 }
+
 /// S^T of one warp: s[n] are the accumulators of channels 8n..8n+7, 16 columns of V.
 struct ScanState {
   float s[2 * kKeyBlocks][4];

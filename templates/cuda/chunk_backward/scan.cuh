@@ -7,22 +7,14 @@
 // where k stands for k 2^(tot - G). Both have the form of the forward's scan (chunk_forward/scan.cuh): a warp
 // owns 16 columns of V and holds S^T or D^T in fp32 accumulators.
 //
-// Budget of a warp and chunk at K = 128, C = 64: 128 (forwards) and 212 (backwards) mma.sync; a CTA of 64
-// columns reads 41 KB forwards and 63 KB backwards into shared memory and writes 24 KB.
+// Budget of a warp and chunk at K = 128, C = 64: 128 (forwards) and 276 (backwards) mma.sync; a CTA of 64
+// columns reads 41 KB forwards and 62 KB backwards into shared memory and writes 24 and 32 KB.
 #include "chunk/state.cuh"
 #include "chunk_backward/finish.cuh"
 #include "chunk_backward/workspace.cuh"
 #include "stages/chunk_load.cuh"
 
 namespace kda {
-
-constexpr int kScanThreads = Config::scan_warps * 32;
-constexpr int kScanBlocks = Config::value_tile / 16; ///< of 16 columns
-/// Threads that copy: those of warps without columns, or all.
-constexpr int kScanLoaders =
-    Config::scan_warps > kScanBlocks ? kScanThreads - kScanBlocks * 32 : kScanThreads;
-constexpr int kScanTiles = (kPaddedV + Config::value_tile - 1) / Config::value_tile;
-static_assert(Config::value_tile % 16 == 0 && kScanBlocks <= Config::scan_warps);
 
 /// One stage of shared memory, byte offsets. Forwards: [w, u) of the record, then u by value block.
 /// Backwards: [0, u) of the record, then rows of dO.

@@ -13,14 +13,6 @@
 
 namespace kda {
 
-constexpr int kScanThreads = Config::scan_warps * 32;
-constexpr int kScanBlocks = Config::value_tile / 16; ///< of 16 columns
-/// Threads that copy records: those of warps without columns, or all.
-constexpr int kScanLoaders =
-    Config::scan_warps > kScanBlocks ? kScanThreads - kScanBlocks * 32 : kScanThreads;
-constexpr int kScanTiles = (kPaddedV + Config::value_tile - 1) / Config::value_tile;
-static_assert(Config::value_tile % 16 == 0 && kScanBlocks <= Config::scan_warps);
-
 /// One stage of shared memory, byte offsets.
 struct Stage {
   static constexpr int u = Record::u; ///< [0, u) is as in the record
