@@ -4,6 +4,8 @@
 #include "family.h"
 #include <algorithm>
 #include <cmath>
+#include <fmt/format.h>
+#include <initializer_list>
 
 namespace kda {
 
@@ -67,6 +69,30 @@ constexpr double kPrepareUs = 12;       // launch, first loads and the last CTA'
   const double width = (padded(p.key_dim) + padded(p.value_dim)) / 256.0;
   const double busy = tokens / 64 * block_us * width / t.multiprocessors;
   return kPrepareUs + std::max(tokens * bytes / kBytesPerUs, busy);
+}
+
+/// Why a chunk variant does not fit, but for what the family alone knows (registers, shared memory).
+[[nodiscard]] inline std::string reject_tiles(const Problem& p, const Variant& v) {
+  if (p.dtype == DType::fp32) return "tensor-core operands are 16 bits; the token kernels serve fp32 tensors";
+  if (v.value_tile > std::max(padded(p.value_dim), 16))
+    return fmt::format("a tile of {} columns is wider than V={}", v.value_tile, p.value_dim);
+  if (v.value_tile / 16 > v.scan_warps)
+    return fmt::format("a warp of the scan owns 16 columns, and {} need {} warps", v.value_tile,
+                       v.value_tile / 16);
+  const int tile_threads = v.prepare_warps * 32 / prepare_tiles(p, v);
+  if (tile_threads * 4 < padded(p.key_dim))
+    return fmt::format("{} threads with 4 channels each do not cover K={}", tile_threads, p.key_dim);
+  return {};
+}
+/// The same of what a scan thread and the CTAs ask for.
+[[nodiscard]] inline std::string reject_limits(const Target& t, int registers, int most_registers,
+                                               std::initializer_list<int> shared) {
+  if (registers > most_registers)
+    return fmt::format("the scan needs about {} registers a thread of 255", registers);
+  for (const int need : shared)
+    if (need > t.max_shared_bytes)
+      return fmt::format("needs {} bytes of shared memory, {} allows {}", need, t.arch, t.max_shared_bytes);
+  return {};
 }
 
 } // namespace kda

@@ -1,7 +1,6 @@
 // Sizes and launches of chunk_backward.cu. The constants of chunk_backward/*.cuh stand here a second time, as
 // functions of problem and variant.
 #include "family_chunk.h"
-#include <fmt/format.h>
 
 namespace kda {
 namespace {
@@ -34,26 +33,16 @@ int gradient_shared(const Problem& p, const Variant& v) {
 }
 
 std::string reject(const Problem& p, const Target& t, const Variant& v) {
-  if (p.dtype == DType::fp32) return "tensor-core operands are 16 bits; the token kernels serve fp32 tensors";
-  if (v.value_tile > std::max(padded(p.value_dim), 16))
-    return fmt::format("a tile of {} columns is wider than V={}", v.value_tile, p.value_dim);
-  if (v.value_tile / 16 > v.scan_warps)
-    return fmt::format("a warp of the scan owns 16 columns, and {} need {} warps", v.value_tile,
-                       v.value_tile / 16);
+  if (std::string why = reject_tiles(p, v); !why.empty()) return why;
   const int tiles = v.chunk / kTileRows, blocks = padded(p.key_dim) / 16;
-  for (const int threads : {v.prepare_warps * 32 / prepare_tiles(p, v), v.prepare_warps * 32 / tiles})
-    if (threads * 4 < padded(p.key_dim))
-      return fmt::format("{} threads with 4 channels each do not cover K={}", threads, p.key_dim);
+  if (const int threads = v.prepare_warps * 32 / tiles; threads * 4 < padded(p.key_dim))
+    return fmt::format("{} threads with 4 channels each do not cover K={}", threads, p.key_dim);
   // A warp holds three accumulators for each of its blocks of 16 channels and tiles of 16 tokens.
   if (const int held = (blocks + v.prepare_warps - 1) / v.prepare_warps * tiles; held > 4)
     return fmt::format("{} warps would hold the gradients of {} blocks of 16x16 each, 4 fit", v.prepare_warps,
                        held);
-  if (const int need = scan_registers(p, v); need > kMostRegisters)
-    return fmt::format("the scan needs about {} registers a thread of 255", need);
-  for (const int need : {prepare_shared(p, v), scan_shared(p, v), gradient_shared(p, v)})
-    if (need > t.max_shared_bytes)
-      return fmt::format("needs {} bytes of shared memory, {} allows {}", need, t.arch, t.max_shared_bytes);
-  return {};
+  return reject_limits(t, scan_registers(p, v), kMostRegisters,
+                       {prepare_shared(p, v), scan_shared(p, v), gradient_shared(p, v)});
 }
 
 std::vector<std::string> kernel_entries(const Problem&) {

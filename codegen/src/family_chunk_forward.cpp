@@ -1,9 +1,6 @@
 // Sizes and launches of chunk_forward.cu. The constants of the templates (chunk_forward/*.cuh) stand here a
 // second time, as functions of problem and variant.
 #include "family_chunk.h"
-#include <algorithm>
-#include <cmath>
-#include <fmt/format.h>
 
 namespace kda {
 namespace {
@@ -21,21 +18,8 @@ int scan_registers(const Problem& p, const Variant& v) {
 }
 
 std::string reject(const Problem& p, const Target& t, const Variant& v) {
-  if (p.dtype == DType::fp32) return "tensor-core operands are 16 bits; the token kernels serve fp32 tensors";
-  if (v.value_tile > std::max(padded(p.value_dim), 16))
-    return fmt::format("a tile of {} columns is wider than V={}", v.value_tile, p.value_dim);
-  if (v.value_tile / 16 > v.scan_warps)
-    return fmt::format("a warp of the scan owns 16 columns, and {} need {} warps", v.value_tile,
-                       v.value_tile / 16);
-  const int tile_threads = v.prepare_warps * 32 / prepare_tiles(p, v);
-  if (tile_threads * 4 < padded(p.key_dim))
-    return fmt::format("{} threads with 4 channels each do not cover K={}", tile_threads, p.key_dim);
-  if (const int need = scan_registers(p, v); need > kMostRegisters)
-    return fmt::format("the scan needs about {} registers a thread of 255", need);
-  for (const int need : {prepare_shared(p, v), scan_shared(p, v)})
-    if (need > t.max_shared_bytes)
-      return fmt::format("needs {} bytes of shared memory, {} allows {}", need, t.arch, t.max_shared_bytes);
-  return {};
+  if (std::string why = reject_tiles(p, v); !why.empty()) return why;
+  return reject_limits(t, scan_registers(p, v), kMostRegisters, {prepare_shared(p, v), scan_shared(p, v)});
 }
 
 std::vector<std::string> kernel_entries(const Problem& p) {
