@@ -1,20 +1,15 @@
 // chunk_backward.cu on the emulator against the float64 adjoint.
+#include "chunk_cases.h"
 #include "emulator.h"
 #include "kda/case_io.h"
 #include "option_matrix.h"
 #include "pairwise.h"
 #include "run_case.h"
-#include <array>
-#include <catch2/catch.hpp>
-#include <set>
 
 using namespace kda;
+using test::chunk::variant;
 
 namespace {
-
-Variant variant(const std::string& text) {
-  return parse_variant(text).value();
-}
 
 void check_case(const test::TestCase& c, const Variant& v, test::RunOptions run = {},
                 std::uint64_t thread_order = 0) {
@@ -47,44 +42,22 @@ test::CaseOptions backward_case(int key_dim, int value_dim, std::int64_t tokens,
   return o;
 }
 
-constexpr std::array<std::array<int, 2>, 4> kDims{{{64, 64}, {60, 100}, {48, 32}, {96, 60}}};
-constexpr std::array kTypes{DType::bf16, DType::fp16};
-constexpr std::array kAllTypes{DType::fp32, DType::bf16, DType::fp16};
 constexpr std::array kVariants{"chunk c=64 vt=32 pw=8 sw=4 st=2", "chunk c=32 vt=32 pw=8 sw=4 st=3",
                                "chunk c=16 vt=16 pw=4 sw=8 st=2", "chunk c=32 vt=16 pw=4 sw=4 st=2"};
-enum Shape { fixed, packed_int32, packed_int64, shapes };
-
-void set_shape(test::CaseOptions& o, Shape shape) {
-  o.batch = 2;
-  o.tokens = 83; // neither a whole number of tiles nor of chunks
-  if (shape == fixed) return;
-  o.batch = 1;
-  o.problem.varlen = true;
-  o.problem.cu_seqlens_type = shape == packed_int32 ? IndexType::int32 : IndexType::int64;
-  o.lengths = {0, 64, 1, 0, 0, 71, 17};
-  o.padding = shape == packed_int32 ? 7 : 0;
-}
 
 } // namespace
 
 TEST_CASE("chunk backward: every two options together") {
-  const std::vector<int> sizes{4, 2, 3, 3, 3, 2, 5, 2, 3, 2, 3, shapes, 2, 2, 2, 4, 4};
   std::uint64_t index = 0;
-  for (const std::vector<int>& row : test::pairwise(sizes)) {
-    const auto at = [&](std::size_t i) { return static_cast<std::size_t>(row[i]); };
+  for (const std::vector<int>& row : test::pairwise(test::chunk::kOptionSizes)) {
     test::CaseOptions o;
     Problem& p = o.problem;
     p.operation = Operation::backward;
-    p.key_dim = kDims[at(0)][0];
-    p.value_dim = kDims[at(0)][1];
-    p.dtype = kTypes[at(1)];
-    p.gate_dtype = kAllTypes[at(2)];
-    p.beta_dtype = kAllTypes[at(3)];
-    p.state_dtype = kAllTypes[at(4)];
+    test::chunk::set_dims(o, row);
     test::set_flags(o, row);
-    set_shape(o, static_cast<Shape>(row[11]));
     o.seed = index + 1;
-    check_case(test::random_case(o), variant(kVariants[at(16)]), test::run_of(row), index % 4);
+    check_case(test::random_case(o), variant(kVariants[static_cast<std::size_t>(row[16])]), test::run_of(row),
+               index % 4);
     ++index;
   }
 }
@@ -100,15 +73,7 @@ TEST_CASE("chunk backward: every regime at K = V = 128, in several orders of thr
 }
 
 TEST_CASE("chunk backward: golden cases") {
-  std::set<std::filesystem::path> files;
-  std::error_code missing;
-  for (const auto& entry : std::filesystem::directory_iterator(KDA_JIT_GOLDEN_DIR, missing))
-    if (entry.path().extension() == ".safetensors") files.insert(entry.path());
-  if (files.empty()) {
-    WARN("SKIPPED: no golden files in " KDA_JIT_GOLDEN_DIR "; set the CMake variable KDA_JIT_GOLDEN_DIR");
-    return;
-  }
-  for (const auto& path : files) {
+  for (const auto& path : test::chunk::golden_files()) {
     const Case golden = read_case(path).value();
     test::TestCase c;
     c.inputs = reference_inputs(golden);
@@ -126,10 +91,10 @@ TEST_CASE("chunk backward: golden cases") {
                                        {"d_dt_bias", "ddt_bias"}})
       if (std::vector<double> x = values(golden, theirs); !x.empty())
         c.expected.push_back({ours, std::move(x)});
-    for (const char* text : {"chunk c=64 vt=32 pw=8 sw=4 st=2", "chunk c=32 vt=32 pw=8 sw=4 st=2"}) {
+    for (const char* text : {"chunk c=64 vt=32 pw=8 sw=4 st=2", "chunk c=32 vt=32 pw=8 sw=4 st=2",
+                             "chunk c=16 vt=16 pw=8 sw=4 st=2"}) {
       INFO(golden.name);
-      for (const Candidate& candidate : enumerate(p, cuda_target("sm_90a").value()))
-        if (candidate.variant == variant(text) && candidate.rejected.empty()) check_case(c, variant(text));
+      if (test::chunk::runs(golden.name, p, text)) check_case(c, variant(text));
     }
   }
 }
