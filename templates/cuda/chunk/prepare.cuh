@@ -51,10 +51,12 @@ struct PrepareShared {
   static constexpr int bytes = pair_end > solve_end ? pair_end : solve_end;
 };
 static_assert(sizeof(ChunkSpan) == 24);
-/// CTAs that share an SM of 228 KB; registers are limited accordingly.
+/// CTAs that share an SM of 228 KB; registers are limited accordingly. Three of 8 warps leave 80, which the
+/// backward's inverse does not fit.
 constexpr int prepare_ctas() {
   constexpr int fit = 233472 / (PrepareShared::bytes + 1024);
-  return fit > 3 ? 3 : fit < 1 ? 1 : fit;
+  constexpr int most = Config::backward && Config::prepare_warps == 8 ? 2 : 3;
+  return fit > most ? most : fit < 1 ? 1 : fit;
 }
 
 KDA_DEVICE GateSums prepare_sums() {

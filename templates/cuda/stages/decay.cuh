@@ -106,8 +106,7 @@ KDA_DEVICE void evaluate_gates(const KernelArgs& args, const Map& map, const Chu
   const int rows = channel == map.channel ? chunk.rows - first : 0;
   float bias[width] = {}, a = 1.f;
   if constexpr (Config::dt_bias) load_elements<float, width>(args.dt_bias + head * Config::K + channel, bias);
-  if constexpr (kReadsA)
-    a = exp_clamped(args.A_log[head]);
+  if constexpr (kReadsA) a = exp_clamped(args.A_log[head]);
   const auto* g = row_of<const Config::Gate>(args.g, chunk.batch, chunk.first, head) + channel;
   float total[width] = {}, anchor[width] = {}, whole[width] = {};
 #pragma unroll 1
@@ -122,8 +121,8 @@ KDA_DEVICE void evaluate_gates(const KernelArgs& args, const Map& map, const Chu
       const int row = half * kHalf + r;
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        const float gate = gate_log2(x[r][i], bias[i], a, args.lower_bound);
-        x[r][i] = row < rows ? max(gate, kGateFloor) : 0.f;
+        const float gate = max(gate_log2(x[r][i], bias[i], a, args.lower_bound), kGateFloor);
+        x[r][i] = row < rows ? gate : 0.f;
         total[i] += x[r][i];
         whole[i] += max(x[r][i], kPairGateFloor);
         if (r == 0) anchor[i] = whole[i]; // of the second half: row kAnchorRow
