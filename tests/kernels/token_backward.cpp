@@ -16,7 +16,7 @@ Target h100() {
 std::vector<Variant> accepted(const Problem& p) {
   std::vector<Variant> all;
   for (const Candidate& c : enumerate(p, h100()))
-    if (c.rejected.empty()) all.push_back(c.variant);
+    if (c.rejected.empty() && c.variant.algorithm == Algorithm::token) all.push_back(c.variant);
   return all;
 }
 
