@@ -159,8 +159,7 @@ KDA_DEVICE Head load_head(const KernelArgs& args, const Work& w) {
   h.beta = row_of<const Beta>(args.beta, w.batch, 0, w.value_head);
   h.o = row_of<Element>(args.o, w.batch, 0, w.value_head);
   h.a = 1.f;
-  if constexpr (kReadsA)
-    h.a = exp_clamped(args.A_log[w.value_head]);
+  if constexpr (kReadsA) h.a = exp_clamped(args.A_log[w.value_head]);
 #pragma unroll
   for (int c = 0; c < kChannels; ++c)
     h.bias[c] = 0.f;
