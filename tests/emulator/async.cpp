@@ -20,10 +20,12 @@ long box_bytes(const TensorMapFields& map) {
   return bytes;
 }
 
-void run_tensor(const PendingBulk& bulk, const SharedView& shared) {
+/// Every element of a tensor copy: where it lies in global and in shared memory, and whether the tensor has
+/// it.
+template <class Visit>
+void each_element(const PendingBulk& bulk, const Visit& visit) {
   const TensorMapFields& map = bulk.map;
   const auto size = static_cast<std::size_t>(map.element_bytes);
-  const auto start = static_cast<std::size_t>(static_cast<unsigned char*>(bulk.copy.shared) - shared.data);
   const auto elements = static_cast<std::size_t>(box_bytes(map)) / size;
   for (std::size_t e = 0; e < elements; ++e) {
     unsigned char* global = map.base;
@@ -35,7 +37,14 @@ void run_tensor(const PendingBulk& bulk, const SharedView& shared) {
       inside = inside && at >= 0 && at < static_cast<long>(map.size[i]);
       global += at * static_cast<long>(i == 0 ? size : map.stride[i - 1]);
     }
-    unsigned char* const to = shared.data + swizzled(start + e * size, map.swizzle_bytes);
+    visit(global, e * size, size, inside);
+  }
+}
+
+void run_tensor(const PendingBulk& bulk, const SharedView& shared) {
+  const auto start = static_cast<std::size_t>(static_cast<unsigned char*>(bulk.copy.shared) - shared.data);
+  each_element(bulk, [&](unsigned char* global, std::size_t at, std::size_t size, bool inside) {
+    unsigned char* const to = shared.data + swizzled(start + at, bulk.map.swizzle_bytes);
     if (bulk.copy.mbarrier == nullptr) {
       if (inside) std::memcpy(global, to, size);
     } else if (inside) {
@@ -43,7 +52,7 @@ void run_tensor(const PendingBulk& bulk, const SharedView& shared) {
     } else {
       std::memset(to, 0, size);
     }
-  }
+  });
 }
 
 /// One shared operand of wgmma, described by its 64 bits.
@@ -152,6 +161,13 @@ void run(const PendingBulk& bulk, const SharedView& shared) {
     std::memcpy(copy.global, copy.shared, copy.bytes);
 }
 
+void each_global(const PendingBulk& bulk, const std::function<void(unsigned char*, std::size_t)>& visit) {
+  if (bulk.copy.map == nullptr) return visit(static_cast<unsigned char*>(bulk.copy.global), bulk.copy.bytes);
+  each_element(bulk, [&](unsigned char* global, std::size_t, std::size_t size, bool inside) {
+    if (inside) visit(global, size);
+  });
+}
+
 std::vector<float> read_accumulators(const WgmmaArguments* arguments) {
   std::vector<float> d(64 * static_cast<std::size_t>(arguments[0].n));
   each_accumulator(arguments, [&](float& own, std::size_t at) { d[at] = own; });
@@ -160,6 +176,19 @@ std::vector<float> read_accumulators(const WgmmaArguments* arguments) {
 
 void write_accumulators(const WgmmaArguments* arguments, const std::vector<float>& d) {
   each_accumulator(arguments, [&](float& own, std::size_t at) { own = d[at]; });
+}
+
+void each_operand(const WgmmaArguments* arguments,
+                  const std::function<void(std::size_t, std::size_t)>& visit) {
+  const WgmmaArguments& first = arguments[0];
+  const std::size_t depth = first.element == Element::tf32 ? 8 : 16, n = static_cast<std::size_t>(first.n);
+  const auto each = [&](const Operand& operand, std::size_t rows) {
+    for (std::size_t row = 0; row < rows; ++row)
+      for (std::size_t k = 0; k < depth; ++k)
+        visit(operand.at(row, k), operand.size());
+  };
+  if (!first.a_in_registers) each(Operand(first.a_descriptor, first.a_transposed, first.element), 64);
+  each(Operand(first.b_descriptor, first.b_transposed, first.element), n);
 }
 
 std::string run(const WgmmaArguments* arguments, std::vector<float>& d, const SharedView& shared) {

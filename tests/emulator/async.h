@@ -1,7 +1,9 @@
 #pragma once
 // What the asynchronous units of one CTA have in hand: mbarriers, bulk copies, wgmma groups.
 #include "device.h"
+#include "shadow.h"
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -12,6 +14,10 @@ struct Mbarrier {
   int arrivals = 0, pending = 0;
   long bytes = 0; ///< expected and not yet come
   unsigned phase = 0;
+  // Checked: who loads to it, what the arrivals bring, and what completed phases brought.
+  int loads = 0;
+  Gathering gathering;
+  SharedClock completed;
 };
 struct PendingBulk {
   BulkCopy copy;
@@ -40,6 +46,8 @@ struct SharedView {
 /// Bytes that a copy to shared memory counts at its mbarrier.
 [[nodiscard]] long counted_bytes(const PendingBulk& bulk);
 void run(const PendingBulk& bulk, const SharedView& shared);
+/// The bytes of global memory that it touches, a piece a call.
+void each_global(const PendingBulk& bulk, const std::function<void(unsigned char*, std::size_t)>& visit);
 
 /// Reads the accumulators [64][n] of 128 threads; `write` spreads them.
 [[nodiscard]] std::vector<float> read_accumulators(const WgmmaArguments* arguments);
@@ -47,5 +55,8 @@ void write_accumulators(const WgmmaArguments* arguments, const std::vector<float
 /// d = (accumulate ? d : 0) +- a b. Empty, or what is wrong.
 [[nodiscard]] std::string run(const WgmmaArguments* arguments, std::vector<float>& d,
                               const SharedView& shared);
+/// The elements of shared memory that it reads: byte and size.
+void each_operand(const WgmmaArguments* arguments,
+                  const std::function<void(std::size_t, std::size_t)>& visit);
 
 } // namespace kda::emulator

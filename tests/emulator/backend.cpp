@@ -110,8 +110,9 @@ public:
     if (launch.shared_bytes > static_cast<unsigned>(target_.max_shared_bytes))
       return refuse(fmt::format("{} bytes of shared memory; {} has {}", launch.shared_bytes, target_.arch,
                                 target_.max_shared_bytes));
-    Job job{entries_[entry],     &args,         launch.grid,    static_cast<int>(launch.block),
-            launch.shared_bytes, options_.seed, options_.copies};
+    Job job{entries_[entry],     &args,         launch.grid,     static_cast<int>(launch.block),
+            launch.shared_bytes, options_.seed, options_.copies, {}};
+    if (options_.checked) job.global.emplace();
     std::string error = Grid(job, *pool_).run(options_.threads);
     if (error.empty()) error = Memory::check();
     if (!error.empty()) return fail(ErrorCode::device_error, fmt::format("{}: {}", names_[entry], error));
@@ -137,7 +138,7 @@ public:
   Result<std::string> compiler() const override { return fmt::format("host {}", __VERSION__); }
 
   Result<Image> compile(const SourceUnit& unit) const override {
-    const auto path = compile_object(unit, options_.optimize);
+    const auto path = compile_object(unit, options_.optimize, options_.checked);
     if (!path) return tl::unexpected(path.error());
     auto bytes = read_file(*path);
     if (!bytes) return tl::unexpected(bytes.error());
@@ -159,13 +160,14 @@ public:
   }
 
   Result<void*> allocate(std::size_t bytes) const override {
-    void* data = Memory::allocate(bytes);
+    void* data = Memory::allocate(bytes, options_.checked);
     if (data == nullptr) return fail(ErrorCode::out_of_memory, fmt::format("no memory for {} bytes", bytes));
     return data;
   }
   void release(void* data) const override { Memory::release(data); }
   Status copy_to_device(void* to, const void* from, std::size_t bytes) const override {
     if (bytes != 0) std::memcpy(to, from, bytes);
+    if (options_.checked) Memory::written(to, bytes);
     return {};
   }
   Status copy_from_device(void* to, const void* from, std::size_t bytes) const override {
@@ -175,6 +177,7 @@ public:
   Status synchronize() const override { return {}; }
   Status fill(void* to, std::uint32_t word, std::size_t words, void*) const override {
     std::fill_n(static_cast<std::uint32_t*>(to), words, word);
+    if (options_.checked) Memory::written(to, words * sizeof word);
     return {};
   }
   Result<double> time_us(const std::function<Status(void* stream)>& work) const override {

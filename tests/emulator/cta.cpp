@@ -52,9 +52,13 @@ void bulk_wait(int pending) {
 }
 // CTAs run on several threads of the host.
 unsigned atomic_add(unsigned* to, unsigned value) {
+  Fiber& fiber = current_fiber();
+  fiber.cta->access(fiber, to, sizeof value, Access::atomic, __builtin_return_address(0));
   return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
 float atomic_add_float(float* to, float value) {
+  Fiber& fiber = current_fiber();
+  fiber.cta->access(fiber, to, sizeof value, Access::atomic, __builtin_return_address(0));
   float old = 0;
   __atomic_load(to, &old, __ATOMIC_RELAXED);
   for (float sum = old + value;
@@ -64,7 +68,7 @@ float atomic_add_float(float* to, float value) {
 }
 void copy(void* shared, const void* global, int bytes, bool valid) {
   Fiber& fiber = current_fiber();
-  fiber.cta->copy(fiber, {shared, global, bytes, valid, fiber.groups});
+  fiber.cta->copy(fiber, {shared, global, bytes, valid, fiber.groups}, __builtin_return_address(0));
 }
 void commit() {
   ++current_fiber().groups;
@@ -72,6 +76,15 @@ void commit() {
 void wait(int pending) {
   Fiber& fiber = current_fiber();
   fiber.cta->wait(fiber, pending);
+}
+
+void fence_proxy() {
+  const Fiber& fiber = current_fiber();
+  fiber.cta->fence_proxy(fiber);
+}
+void access(const void* address, unsigned long bytes, bool write, const void* place) {
+  const Fiber& fiber = current_fiber();
+  fiber.cta->access(fiber, address, bytes, write ? Access::write : Access::read, place);
 }
 
 void complete(const PendingCopy& copy) {
@@ -84,8 +97,9 @@ void complete(const PendingCopy& copy) {
 
 } // namespace
 
-const Services kServices{collective, barrier, copy,        commit,    wait,       group,
-                         mbarrier,   bulk,    bulk_commit, bulk_wait, atomic_add, atomic_add_float};
+const Services kServices{collective, barrier,          copy,        commit,      wait,
+                         group,      mbarrier,         bulk,        bulk_commit, bulk_wait,
+                         atomic_add, atomic_add_float, fence_proxy, access};
 
 Cta::~Cta() {
   if (map_ != nullptr) munmap(map_, map_bytes_);
@@ -139,6 +153,8 @@ void Cta::start(std::size_t linear) {
   loads_.clear();
   polls_ = 0;
   live_ = job_->threads;
+  linear_ = linear;
+  if (checked()) shadow_.start(job_->threads, job_->shared_bytes);
   error_.clear();
   for (std::size_t i = 0; i < count; ++i) {
     Fiber& f = fibers_[i];
@@ -247,6 +263,7 @@ void Cta::collective(Fiber& fiber, WarpOperation operation, void* arguments, con
   warp.arguments[fiber.index % 32] = arguments;
   warp.arrived |= 1U << (fiber.index % 32);
   if (warp.arrived != ~0U) return block(fiber, name_of(operation), place);
+  if (checked()) check_matrix(first, operation, place);
   const std::string wrong = run_operation(operation, warp.arguments, shared_, job_->shared_bytes);
   if (!wrong.empty())
     fail(fmt::format("{} in {} at {}: {}", describe_current(), name_of(operation), source_place(place),
@@ -273,6 +290,7 @@ void Cta::barrier(Fiber& fiber, int id, int threads, bool arrive_only, const voi
     fail(fmt::format("{} waits at barrier {} among {} threads at {}, others among {}", describe_current(), id,
                      threads, source_place(place), b.threads));
   ++b.arrived;
+  if (checked()) shadow_.release(fiber.index, b.gathering);
   if (!arrive_only) b.waiting.push_back(&fiber);
   static constexpr std::array<const char*, 16> kNames = {
       "sync_block",     "sync_named(1)",  "sync_named(2)",  "sync_named(3)",
@@ -280,8 +298,11 @@ void Cta::barrier(Fiber& fiber, int id, int threads, bool arrive_only, const voi
       "sync_named(8)",  "sync_named(9)",  "sync_named(10)", "sync_named(11)",
       "sync_named(12)", "sync_named(13)", "sync_named(14)", "sync_named(15)"};
   if (b.arrived == threads) {
-    for (const Fiber* waiting : b.waiting)
+    for (const Fiber* waiting : b.waiting) {
+      if (checked()) shadow_.replace(waiting->index, b.gathering.clock);
       wake(*waiting);
+    }
+    b.gathering = {};
     b.waiting.clear();
     b.arrived = 0;
     shuffle_warps();
@@ -289,7 +310,7 @@ void Cta::barrier(Fiber& fiber, int id, int threads, bool arrive_only, const voi
   if (!arrive_only) block(fiber, kNames[static_cast<std::size_t>(id)], place);
 }
 
-void Cta::copy(Fiber& fiber, const PendingCopy& copy) {
+void Cta::copy(Fiber& fiber, const PendingCopy& copy, const void* place) {
   const auto offset = static_cast<const unsigned char*>(copy.to) - shared_;
   if (offset < 0 || static_cast<std::size_t>(offset + copy.bytes) > job_->shared_bytes)
     fail(fmt::format("{}: a copy of {} bytes to byte {} of shared memory, which has {}", describe_current(),
@@ -300,6 +321,7 @@ void Cta::copy(Fiber& fiber, const PendingCopy& copy) {
   if (misaligned(copy.to) || (copy.valid && misaligned(copy.from)))
     fail(fmt::format("{}: a copy of {} bytes whose {} address is not aligned to as many", describe_current(),
                      copy.bytes, misaligned(copy.to) ? "shared" : "global"));
+  if (checked()) check_copy(fiber, copy, place);
   if (job_->copies == Copies::early) return complete(copy);
   // Whoever reads before the wait, or still reads what this overwrites, gets NaN.
   std::memset(copy.to, kPoison, static_cast<std::size_t>(copy.bytes));
@@ -307,6 +329,8 @@ void Cta::copy(Fiber& fiber, const PendingCopy& copy) {
 }
 
 void Cta::wait(Fiber& fiber, int pending) {
+  if (checked() && fiber.groups > pending)
+    shadow_.complete(fiber.index, shadow_.copies(fiber.index), static_cast<Epoch>(fiber.groups - pending));
   const auto ready = [&](const PendingCopy& copy) { return copy.group < fiber.groups - pending; };
   for (const PendingCopy& copy : fiber.copies)
     if (ready(copy)) complete(copy);

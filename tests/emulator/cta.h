@@ -4,6 +4,8 @@
 #include "cuda/kernel_args.cuh"
 #include "emulator.h"
 #include "fiber.h"
+#include "memory.h"
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -20,6 +22,7 @@ struct Job {
   std::size_t shared_bytes = 0;
   std::uint64_t seed = 0;
   Copies copies = Copies::late;
+  std::optional<GlobalShadow> global; ///< checked
 };
 
 class Cta;
@@ -58,12 +61,15 @@ public:
   // Called from fibers.
   void collective(Fiber& fiber, WarpOperation operation, void* arguments, const void* place);
   void barrier(Fiber& fiber, int id, int threads, bool arrive_only, const void* place);
-  void copy(Fiber& fiber, const PendingCopy& copy);
+  void copy(Fiber& fiber, const PendingCopy& copy, const void* place);
   void wait(Fiber& fiber, int pending);
   void group(Fiber& fiber, GroupOperation operation, void* arguments, const void* place);
   bool mbarrier(Fiber& fiber, MbarrierOperation operation, void* barrier, unsigned value, const void* place);
   void bulk(Fiber& fiber, const BulkCopy& copy, const void* place);
   void bulk_wait(Fiber& fiber, int pending);
+  // Checked, in cta_checks.cpp.
+  void access(const Fiber& fiber, const void* address, std::size_t bytes, Access access, const void* place);
+  void fence_proxy(const Fiber& fiber);
   [[noreturn]] void fail(std::string text);
   [[noreturn]] void finish(Fiber& fiber);
   [[nodiscard]] const Job& job() const { return *job_; }
@@ -80,7 +86,18 @@ private:
     int threads = 0;
     int arrived = 0;
     std::vector<Fiber*> waiting;
+    Gathering gathering;
   };
+
+  [[nodiscard]] bool checked() const { return job_->global.has_value(); }
+  void require(const std::string& fault) {
+    if (!fault.empty()) fail(fault);
+  }
+  void global_access(const void* address, std::size_t bytes, Access access, const void* place);
+  void check_matrix(std::size_t first, WarpOperation operation, const void* place);
+  void check_copy(const Fiber& fiber, const PendingCopy& copy, const void* place);
+  void check_bulk(const Fiber& fiber, const PendingBulk& bulk, const void* place);
+  void check_wgmma(const Warpgroup& group, const PendingWgmma& wgmma, const void* place);
 
   bool prepare_shared();
   void start(std::size_t linear);
@@ -108,6 +125,8 @@ private:
   std::map<void*, Mbarrier> mbarriers_;
   std::map<void*, std::vector<Fiber*>> mbarrier_waiting_;
   std::vector<PendingBulk> loads_;
+  Shadow shadow_;
+  std::size_t linear_ = 0;  ///< of the grid
   unsigned long polls_ = 0; ///< tests of mbarriers since the last progress
   std::minstd_rand random_;
   Fiber* running_ = nullptr;

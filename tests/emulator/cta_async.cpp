@@ -24,6 +24,8 @@ void Cta::advance(void* barrier, Mbarrier& state) {
   if (state.pending != 0 || state.bytes != 0) return;
   state.pending = state.arrivals;
   ++state.phase;
+  if (state.gathering.clock != nullptr)
+    state.completed = std::make_shared<const Clock>(*state.gathering.clock);
   polls_ = 0;
   std::vector<Fiber*>& waiting = mbarrier_waiting_[barrier];
   for (const Fiber* fiber : waiting)
@@ -35,6 +37,7 @@ void Cta::complete_load(const PendingBulk& bulk) {
   kda::emulator::run(bulk, shared());
   const auto at = mbarriers_.find(bulk.copy.mbarrier);
   at->second.bytes -= counted_bytes(bulk);
+  if (checked()) Shadow::complete(at->second.gathering, at->second.loads, at->second.phase + 1);
   advance(at->first, at->second);
 }
 
@@ -60,12 +63,22 @@ bool Cta::mbarrier(Fiber& fiber, MbarrierOperation operation, void* barrier, uns
     refuse("an mbarrier is 8 aligned bytes of shared memory");
   if (operation == MbarrierOperation::init) {
     std::memset(barrier, 0, 8);
-    mbarriers_[barrier] = {static_cast<int>(value), static_cast<int>(value), 0, 0};
+    mbarriers_[barrier] = {static_cast<int>(value), static_cast<int>(value), 0, 0, 0, {}, nullptr};
+    if (checked()) {
+      mbarriers_[barrier].loads = shadow_.loads();
+      access(fiber, barrier, 8, Access::write, place);
+    }
     return true;
   }
   const auto found = mbarriers_.find(barrier);
   if (found == mbarriers_.end()) refuse("an mbarrier that nobody initialised");
   Mbarrier& state = found->second;
+  if (checked()) access(fiber, barrier, 8, Access::read, place);
+  const auto passed = [&] {
+    if ((state.phase & 1U) == value) return false;
+    if (checked()) shadow_.acquire(fiber.index, state.completed);
+    return true;
+  };
   switch (operation) {
   case MbarrierOperation::init: break;
   case MbarrierOperation::expect: state.bytes += static_cast<long>(value); return true;
@@ -73,20 +86,21 @@ bool Cta::mbarrier(Fiber& fiber, MbarrierOperation operation, void* barrier, uns
   case MbarrierOperation::arrive:
     if (state.pending == 0) refuse("more arrivals at an mbarrier than it counts");
     --state.pending;
+    if (checked()) shadow_.release(fiber.index, state.gathering);
     advance(barrier, state);
     if (job_->seed > 1 && random_() % 4 == 0) yield(fiber, "resume", place);
     return true;
   case MbarrierOperation::test:
     finish_loads(barrier);
-    if ((state.phase & 1U) != value) return true;
+    if (passed()) return true;
     if (++polls_ > kPolls) fail("an endless loop of mbarrier_test; " + deadlock_report());
     yield(fiber, "mbarrier_test", place);
-    return (state.phase & 1U) != value;
+    return passed();
   case MbarrierOperation::wait:
     if (value > 1) refuse("a parity is 0 or 1");
     while (true) {
       finish_loads(barrier);
-      if ((state.phase & 1U) != value) return true;
+      if (passed()) return true;
       mbarrier_waiting_[barrier].push_back(&fiber);
       block(fiber, "mbarrier_wait", place);
     }
@@ -103,6 +117,7 @@ void Cta::bulk(Fiber& fiber, const BulkCopy& copy, const void* place) {
   if (load && mbarriers_.count(copy.mbarrier) == 0)
     fail(fmt::format("{} at {}: a bulk copy to an mbarrier that nobody initialised", describe_current(),
                      source_place(place)));
+  if (checked()) check_bulk(fiber, bulk, place);
   if (job_->copies == Copies::early) {
     if (load) return complete_load(bulk);
     return kda::emulator::run(bulk, shared());
@@ -121,6 +136,9 @@ void Cta::bulk(Fiber& fiber, const BulkCopy& copy, const void* place) {
 }
 
 void Cta::bulk_wait(Fiber& fiber, int pending) {
+  if (checked() && fiber.bulk_groups > pending)
+    shadow_.complete(fiber.index, shadow_.stores(fiber.index),
+                     static_cast<Epoch>(fiber.bulk_groups - pending));
   const auto ready = [&](const PendingBulk& bulk) { return bulk.group < fiber.bulk_groups - pending; };
   for (const PendingBulk& bulk : fiber.bulk_stores)
     if (ready(bulk)) kda::emulator::run(bulk, shared());
@@ -143,7 +161,13 @@ void Cta::group(Fiber& fiber, GroupOperation operation, void* arguments, const v
   group.arrived = 0;
   if (operation == GroupOperation::wgmma) issue_wgmma(group, place);
   if (operation == GroupOperation::commit) ++group.groups;
-  if (operation == GroupOperation::wait) finish_wgmma(group, *static_cast<int*>(arguments), place);
+  if (operation == GroupOperation::wait) {
+    const int pending = *static_cast<int*>(arguments);
+    finish_wgmma(group, pending, place);
+    for (std::size_t i = first; checked() && group.groups > pending && i < first + 128; ++i)
+      shadow_.complete(static_cast<int>(i), shadow_.wgmma(static_cast<int>(first / 128)),
+                       static_cast<Epoch>(group.groups - pending));
+  }
   for (std::size_t i = first; i < first + 128; ++i)
     if (&fibers_[i] != &fiber) wake(fibers_[i]);
 }
@@ -153,6 +177,7 @@ void Cta::issue_wgmma(Warpgroup& group, const void* place) {
   for (std::size_t i = 0; i < 128; ++i)
     wgmma.arguments[i] = *static_cast<WgmmaArguments*>(group.arguments[i]);
   wgmma.group = group.groups;
+  if (checked()) check_wgmma(group, wgmma, place);
   const bool chained = std::any_of(group.queue.begin(), group.queue.end(), [&](const PendingWgmma& other) {
     return other.arguments[0].d == wgmma.arguments[0].d;
   });

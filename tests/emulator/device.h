@@ -89,6 +89,9 @@ struct Services {
   void (*bulk_wait)(int pending);
   unsigned (*atomic_add)(unsigned* to, unsigned value);
   float (*atomic_add_float)(float* to, float value);
+  void (*fence_proxy)();
+  /// A load or store of the kernel; only objects that were compiled to be checked call it.
+  void (*access)(const void* address, unsigned long bytes, bool write, const void* place);
 };
 
 /// One CUDA thread. A pointer to it stands in the last word of its stack, which is aligned to its size: no

@@ -15,6 +15,9 @@ struct Options {
   Copies copies = Copies::late;
   int threads = 2;  ///< CTAs at a time
   int optimize = 1; ///< -O level of the compiled kernels; 0 and a debugger go well together
+  /// Every access is checked: races, missing waits and proxy fences in shared memory, reads of what nobody
+  /// wrote, global memory that two CTAs of a launch share. Several times slower.
+  bool checked = false;
 };
 
 /// Faults of a kernel come back from `launch` as device_error, with the place in the source: out-of-bounds

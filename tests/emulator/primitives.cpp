@@ -12,9 +12,14 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-std::vector<float> run(const std::string& body, const Run& options) {
+/// Checked or not: the same.
+std::vector<float> run(const std::string& body, Run options) {
   const auto result = run_text(body, options);
   if (!result) FAIL(result.error().message << "\n" << result.error().context);
+  options.options.checked = true;
+  const auto checked = run_text(body, options);
+  if (!checked) FAIL(checked.error().message << "\n" << checked.error().context);
+  CHECK(std::memcmp(checked->data(), result->data(), result->size() * sizeof(float)) == 0);
   return *result;
 }
 

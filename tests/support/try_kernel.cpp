@@ -16,6 +16,7 @@ struct Arguments {
   int key_dim = 64, value_dim = 64, heads = 1, value_heads = 0;
   test::CaseOptions options;
   bool int32 = false, no_initial_state = false, early = false, strided = false, no_optional = false;
+  bool checked = false;
   std::vector<std::uint64_t> seeds = {0};
   int optimize = 1, threads = 2;
   bool dt_bias = false, sigmoid = false, times_two = false, l2norm = false, list = false;
@@ -54,6 +55,7 @@ void add_options(CLI::App& app, Arguments& a) {
   app.add_option("--seeds", a.seeds, "orders in which threads run: 0 ascending, 1 descending, others random")
       ->delimiter(',');
   app.add_flag("--early", a.early, "cp.async completes at once, not at the wait");
+  app.add_flag("--checked", a.checked, "find races, missing waits and reads of what nobody wrote");
   app.add_option("--arch", a.arch);
   app.add_option("-O", a.optimize, "optimisation of the kernel; 0 for a debugger");
   app.add_option("--threads", a.threads, "CTAs at a time; 1 for a debugger");
@@ -100,6 +102,7 @@ int run(Arguments& a) {
   options.copies = a.early ? emulator::Copies::early : emulator::Copies::late;
   options.optimize = a.optimize;
   options.threads = a.threads;
+  options.checked = a.checked;
   const Target target = value_or_exit(cuda_target(a.arch));
   fmt::print("{}\n", to_string(p));
   if (a.list) {

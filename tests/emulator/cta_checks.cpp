@@ -1,0 +1,95 @@
+// What a checked CTA tells its shadow of each access.
+#include "cta.h"
+#include <dlfcn.h>
+#include <fmt/format.h>
+
+namespace kda::emulator {
+namespace {
+
+/// Constants of the kernel lie in its object.
+bool in_same_object(const void* address, const void* place) {
+  Dl_info a, b;
+  return dladdr(address, &a) != 0 && dladdr(place, &b) != 0 && a.dli_fbase == b.dli_fbase;
+}
+
+} // namespace
+
+void Cta::global_access(const void* address, std::size_t bytes, Access access, const void* place) {
+  const std::string fault = job_->global->access(linear_, address, bytes, access);
+  if (fault.empty() || (access == Access::read && in_same_object(address, place))) return;
+  fail(fmt::format("{}, by {} at {}", fault, describe_current(), source_place(place)));
+}
+
+void Cta::access(const Fiber& fiber, const void* address, std::size_t bytes, Access access,
+                 const void* place) {
+  if (!checked()) return;
+  const auto within = [&](const void* first, std::size_t size) {
+    return static_cast<std::size_t>(static_cast<const char*>(address) - static_cast<const char*>(first)) <
+           size;
+  };
+  // thread_index() and its kin read these.
+  if (within(fibers_.data(), fibers_.size() * sizeof(Fiber)) || within(&kServices, sizeof kServices)) return;
+  const auto offset = static_cast<const unsigned char*>(address) - shared_;
+  if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(job_->shared_bytes))
+    return global_access(address, bytes, access, place);
+  require(shadow_.access(fiber.index, static_cast<std::size_t>(offset), bytes, access, place));
+}
+
+void Cta::fence_proxy(const Fiber& fiber) {
+  if (checked()) shadow_.fence(fiber.index);
+}
+
+/// The lane that gets or gives a word accesses it, not the one that names the row.
+void Cta::check_matrix(std::size_t first, WarpOperation operation, const void* place) {
+  if (operation == WarpOperation::sync) return shadow_.sync_warp(static_cast<int>(first));
+  const bool load =
+      operation == WarpOperation::load_matrix || operation == WarpOperation::load_matrix_transposed;
+  const bool store =
+      operation == WarpOperation::store_matrix || operation == WarpOperation::store_matrix_transposed;
+  if (!load && !store) return;
+  const bool transposed = operation == WarpOperation::load_matrix_transposed ||
+                          operation == WarpOperation::store_matrix_transposed;
+  const Warp& warp = warps_[first / 32];
+  for (std::size_t lane = 0; lane < 32; ++lane) {
+    const void* row = load ? static_cast<const LoadMatrixArguments*>(warp.arguments[lane])->row
+                           : static_cast<const StoreMatrixArguments*>(warp.arguments[lane])->row;
+    const auto offset = static_cast<const unsigned char*>(row) - shared_;
+    if (offset < 0 || offset + 16 > static_cast<std::ptrdiff_t>(job_->shared_bytes)) return; // refused later
+    const std::size_t r = lane % 8;
+    for (std::size_t column = 0; column < 8; column += transposed ? 1 : 2) {
+      const std::size_t owner = transposed ? column * 4 + r / 2 : r * 4 + column / 2;
+      require(shadow_.access(static_cast<int>(first + owner), static_cast<std::size_t>(offset) + 2 * column,
+                             transposed ? 2 : 4, load ? Access::read : Access::write, place));
+    }
+  }
+}
+
+void Cta::check_copy(const Fiber& fiber, const PendingCopy& copy, const void* place) {
+  const auto bytes = static_cast<std::size_t>(copy.bytes);
+  if (copy.valid) global_access(copy.from, bytes, Access::read, place);
+  require(shadow_.access(fiber.index, shadow_.copies(fiber.index), static_cast<Epoch>(copy.group + 1),
+                         static_cast<std::size_t>(static_cast<unsigned char*>(copy.to) - shared_), bytes,
+                         Access::write, place));
+}
+
+void Cta::check_bulk(const Fiber& fiber, const PendingBulk& bulk, const void* place) {
+  const bool load = bulk.copy.mbarrier != nullptr;
+  each_global(bulk, [&](unsigned char* global, std::size_t bytes) {
+    global_access(global, bytes, load ? Access::read : Access::write, place);
+  });
+  const Mbarrier* barrier = load ? &mbarriers_.at(bulk.copy.mbarrier) : nullptr;
+  require(shadow_.access(fiber.index, load ? barrier->loads : shadow_.stores(fiber.index),
+                         load ? barrier->phase + 1 : static_cast<Epoch>(bulk.group + 1),
+                         static_cast<std::size_t>(static_cast<unsigned char*>(bulk.copy.shared) - shared_),
+                         static_cast<std::size_t>(counted_bytes(bulk)), load ? Access::write : Access::read,
+                         place));
+}
+
+void Cta::check_wgmma(const Warpgroup& group, const PendingWgmma& wgmma, const void* place) {
+  shadow_.issue_wgmma(static_cast<int>(&group - groups_.data()), static_cast<Epoch>(wgmma.group + 1));
+  each_operand(wgmma.arguments, [&](std::size_t at, std::size_t bytes) {
+    if (at + bytes <= job_->shared_bytes) require(shadow_.read_wgmma(at, bytes, place)); // else refused later
+  });
+}
+
+} // namespace kda::emulator
