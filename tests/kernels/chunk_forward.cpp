@@ -1,6 +1,6 @@
 // chunk_forward.cu on the emulator against the float64 recurrence.
+#include "checked.h"
 #include "chunk_cases.h"
-#include "emulator.h"
 #include "kda/case_io.h"
 #include "option_matrix.h"
 #include "pairwise.h"
@@ -53,9 +53,7 @@ TEST_CASE("chunk forward: every two options together") {
     test::set_flags(o, row);
     o.seed = index + 1;
     const Variant v = variant(kVariants[static_cast<std::size_t>(row[16])]);
-    emulator::Options order;
-    order.seed = index++ % 4;
-    check_report(run(test::random_case(o), v, test::run_of(row), order), p, v);
+    check_report(run(test::random_case(o), v, test::run_of(row), test::checked(index++)), p, v);
   }
 }
 
