@@ -8,6 +8,7 @@
 #include <cstring>
 #include <dlfcn.h>
 #include <fmt/format.h>
+#include <link.h>
 #include <mutex>
 #include <numeric>
 #include <thread>
@@ -57,7 +58,7 @@ public:
 private:
   void work() {
     std::unique_ptr<Cta> cta = pool_.take();
-    const FaultScope faults(*cta);
+    const FaultScope faults(*cta, job_);
     for (std::size_t i = next_++; i < order_.size(); i = next_++) {
       std::string error = cta->run(job_, order_[i]);
       if (error.empty()) continue;
@@ -76,6 +77,27 @@ private:
   std::string error_;
 };
 
+/// The loaded segment of an object that holds `address`.
+std::pair<const void*, const void*> code_of(const void* address) {
+  struct Search {
+    std::uintptr_t address, begin, end;
+  } search = {reinterpret_cast<std::uintptr_t>(address), 0, 0};
+  const auto visit = [](dl_phdr_info* info, std::size_t, void* data) {
+    auto& s = *static_cast<Search*>(data);
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+      const auto& segment = info->dlpi_phdr[i];
+      const std::uintptr_t begin = info->dlpi_addr + segment.p_vaddr;
+      if (segment.p_type != PT_LOAD || s.address < begin || s.address - begin >= segment.p_memsz) continue;
+      s.begin = begin;
+      s.end = begin + segment.p_memsz;
+      return 1;
+    }
+    return 0;
+  };
+  dl_iterate_phdr(visit, &search);
+  return {reinterpret_cast<const void*>(search.begin), reinterpret_cast<const void*>(search.end)};
+}
+
 class EmulatedModule : public Module {
 public:
   EmulatedModule(void* library, const Options& options, const Target& target, std::shared_ptr<CtaPool> pool)
@@ -92,6 +114,7 @@ public:
       entries_.push_back(reinterpret_cast<Entry>(symbol));
     }
     names_ = names;
+    if (!entries_.empty()) code_ = code_of(reinterpret_cast<const void*>(entries_[0]));
     return {};
   }
 
@@ -113,6 +136,9 @@ public:
     Job job{entries_[entry],     &args,         launch.grid,     static_cast<int>(launch.block),
             launch.shared_bytes, options_.seed, options_.copies, {}};
     if (options_.checked) job.global.emplace();
+    job.code = code_.first;
+    job.code_end = code_.second;
+    job.watchdog_seconds = options_.watchdog_seconds;
     std::string error = Grid(job, *pool_).run(options_.threads);
     if (error.empty()) error = Memory::check();
     if (!error.empty()) return fail(ErrorCode::device_error, fmt::format("{}: {}", names_[entry], error));
@@ -126,6 +152,7 @@ private:
   std::shared_ptr<CtaPool> pool_;
   std::vector<Entry> entries_;
   std::vector<std::string> names_;
+  std::pair<const void*, const void*> code_;
 };
 
 class Emulator : public Backend {

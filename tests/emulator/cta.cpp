@@ -152,6 +152,7 @@ void Cta::start(std::size_t linear) {
   mbarrier_waiting_.clear();
   loads_.clear();
   polls_ = 0;
+  overdue_ = false;
   live_ = job_->threads;
   linear_ = linear;
   if (checked()) shadow_.start(job_->threads, job_->shared_bytes);
@@ -222,6 +223,7 @@ void Cta::wake(const Fiber& fiber) {
 void Cta::block(Fiber& fiber, const char* in, const void* place) {
   fiber.waits_in = in;
   fiber.place = place;
+  ++switches_;
   Fiber* next = pick();
   if (next == nullptr) fail(deadlock_report());
   if (next != &fiber) {
@@ -232,6 +234,7 @@ void Cta::block(Fiber& fiber, const char* in, const void* place) {
 }
 
 void Cta::finish(Fiber& fiber) {
+  ++switches_;
   fiber.done = true;
   Fiber* next = --live_ == 0 ? nullptr : pick();
   if (live_ != 0 && next == nullptr) fail(deadlock_report());
@@ -245,6 +248,11 @@ void Cta::fail(std::string text) {
   void* abandoned = nullptr;
   kda_switch_stack(&abandoned, main_stack_);
   __builtin_unreachable();
+}
+
+void Cta::fail_overdue(const void* place) {
+  fail(fmt::format("an endless loop: {} ran for {:.1f} s without a barrier or warp operation, at {}",
+                   describe_current(), job_->watchdog_seconds, source_place(place)));
 }
 
 std::string Cta::describe_current() const {

@@ -5,6 +5,7 @@
 #include "emulator.h"
 #include "fiber.h"
 #include "memory.h"
+#include <atomic>
 #include <optional>
 #include <random>
 #include <string>
@@ -22,7 +23,9 @@ struct Job {
   std::size_t shared_bytes = 0;
   std::uint64_t seed = 0;
   Copies copies = Copies::late;
-  std::optional<GlobalShadow> global; ///< checked
+  std::optional<GlobalShadow> global;              ///< checked
+  const void *code = nullptr, *code_end = nullptr; ///< the kernel's object
+  double watchdog_seconds = 0;
 };
 
 class Cta;
@@ -73,6 +76,10 @@ public:
   [[noreturn]] void fail(std::string text);
   [[noreturn]] void finish(Fiber& fiber);
   [[nodiscard]] const Job& job() const { return *job_; }
+  /// Changes whenever another thread of the CTA goes on. Signal handlers may ask.
+  void set_overdue() { overdue_.store(true, std::memory_order_relaxed); }
+  [[noreturn]] void fail_overdue(const void* place);
+  [[nodiscard]] unsigned long switches() const { return switches_.load(std::memory_order_relaxed); }
   /// Where a fault at this address comes from, e.g. "thread 37 of block 0,1,0".
   [[nodiscard]] std::string describe_current() const;
 
@@ -129,6 +136,8 @@ private:
   std::size_t linear_ = 0;  ///< of the grid
   unsigned long polls_ = 0; ///< tests of mbarriers since the last progress
   std::minstd_rand random_;
+  std::atomic<unsigned long> switches_{0};
+  std::atomic<bool> overdue_{false}; ///< the watchdog has barked
   Fiber* running_ = nullptr;
   void* main_stack_ = nullptr;
   int live_ = 0;
@@ -149,16 +158,18 @@ private:
 extern const Services kServices;
 
 /// While one lives on a thread, SIGSEGV, SIGBUS, SIGILL and SIGFPE raised by `cta`'s fibers end that CTA with
-/// an error. Only for the emulator's own worker threads.
+/// an error, and so does a fiber that runs for `watchdog_seconds` without a switch. Only for the emulator's
+/// own worker threads.
 class FaultScope {
 public:
-  explicit FaultScope(Cta& cta);
+  FaultScope(Cta& cta, const Job& job);
   ~FaultScope();
   FaultScope(const FaultScope&) = delete;
   FaultScope& operator=(const FaultScope&) = delete;
 
 private:
   std::vector<unsigned char> stack_;
+  void* timer_ = nullptr;
 };
 
 } // namespace kda::emulator

@@ -23,6 +23,7 @@ void Cta::global_access(const void* address, std::size_t bytes, Access access, c
 void Cta::access(const Fiber& fiber, const void* address, std::size_t bytes, Access access,
                  const void* place) {
   if (!checked()) return;
+  if (overdue_.load(std::memory_order_relaxed)) fail_overdue(place);
   const auto within = [&](const void* first, std::size_t size) {
     return static_cast<std::size_t>(static_cast<const char*>(address) - static_cast<const char*>(first)) <
            size;

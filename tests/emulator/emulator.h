@@ -18,6 +18,8 @@ struct Options {
   /// Every access is checked: races, missing waits and proxy fences in shared memory, reads of what nobody
   /// wrote, global memory that two CTAs of a launch share. Several times slower.
   bool checked = false;
+  /// CPU time that one thread may run without a barrier or warp operation before the launch fails.
+  double watchdog_seconds = 20;
 };
 
 /// Faults of a kernel come back from `launch` as device_error, with the place in the source: out-of-bounds

@@ -4,11 +4,13 @@
 #include <csignal>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <dlfcn.h>
 #include <filesystem>
 #include <fmt/format.h>
 #include <mutex>
 #include <ucontext.h>
+#include <unistd.h>
 
 namespace kda::emulator {
 namespace {
@@ -16,6 +18,15 @@ namespace {
 thread_local Cta* guarded = nullptr;
 constexpr std::array kSignals = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
 std::array<struct sigaction, kSignals.size()> previous;
+
+/// The watchdog of a worker thread: ticks of its CPU time.
+struct Watch {
+  const Job* job = nullptr;
+  unsigned long switches = 0;
+  int idle = 0; ///< ticks since then
+};
+thread_local Watch watch;
+constexpr int kTicks = 4, kWatchSignal = SIGVTALRM;
 
 std::string what(int signal, const siginfo_t& info, const ucontext_t& context) {
   if (signal == SIGILL) // __builtin_trap of -fsanitize=alignment,bounds
@@ -38,6 +49,36 @@ void handle(int signal, siginfo_t* info, void* raw) {
                             source_place(pc + 1)));
 }
 
+void tick(int, siginfo_t*, void* raw) {
+  if (guarded == nullptr) return;
+  if (const unsigned long now = guarded->switches(); now != watch.switches) {
+    watch.switches = now;
+    watch.idle = 0;
+    return;
+  }
+  const auto* pc =
+      reinterpret_cast<const char*>(static_cast<const ucontext_t*>(raw)->uc_mcontext.gregs[REG_RIP]);
+  // Elsewhere a lock may be held: the next tick, or the next access that is checked, may find the kernel
+  // itself.
+  if (++watch.idle < kTicks) return;
+  guarded->set_overdue();
+  if (pc >= watch.job->code && pc < watch.job->code_end) guarded->fail_overdue(pc + 1);
+}
+
+timer_t start_timer(double seconds) {
+  sigevent event = {};
+  event.sigev_notify = SIGEV_THREAD_ID;
+  event.sigev_signo = kWatchSignal;
+  event._sigev_un._tid = gettid();
+  timer_t timer = nullptr;
+  if (timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer) != 0) return nullptr;
+  const auto nanoseconds = static_cast<long>(seconds / kTicks * 1e9);
+  const timespec step = {nanoseconds / 1000000000, nanoseconds % 1000000000};
+  const itimerspec every = {step, step};
+  timer_settime(timer, 0, &every, nullptr);
+  return timer;
+}
+
 /// Installed before every launch: others (a test framework) may have put theirs in front.
 void install() {
   static std::mutex mutex;
@@ -50,6 +91,9 @@ void install() {
     sigaction(kSignals[i], &action, &old);
     if (old.sa_sigaction != handle) previous[i] = old;
   }
+  action.sa_sigaction = tick;
+  action.sa_flags |= SA_RESTART;
+  sigaction(kWatchSignal, &action, nullptr);
 }
 
 std::string run_command(const std::string& command) {
@@ -84,17 +128,20 @@ std::string source_place(const void* address) {
   return place.empty() ? fmt::format("{}+{:#x}", info.dli_fname, offset) : place;
 }
 
-FaultScope::FaultScope(Cta& cta) : stack_(std::size_t{128} << 10) {
+FaultScope::FaultScope(Cta& cta, const Job& job) : stack_(std::size_t{128} << 10) {
   guarded = &cta;
   stack_t stack = {};
   stack.ss_sp = stack_.data();
   stack.ss_size = stack_.size();
   sigaltstack(&stack, nullptr);
   install();
+  watch = {&job, cta.switches(), 0};
+  timer_ = start_timer(job.watchdog_seconds);
 }
 
 FaultScope::~FaultScope() {
   guarded = nullptr;
+  if (timer_ != nullptr) timer_delete(timer_);
   stack_t stack = {};
   stack.ss_flags = SS_DISABLE;
   sigaltstack(&stack, nullptr);

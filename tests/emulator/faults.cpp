@@ -115,6 +115,20 @@ TEST_CASE("lanes of a warp that call different operations are an error") {
              Contains("diverge") && Contains("sync_warp") && Contains("shuffle"));
 }
 
+TEST_CASE("a thread that loops without barriers is named, with the line") {
+  Run r = threads(64, 128, 0);
+  r.options.watchdog_seconds = 0.2;
+  r.in.assign(1, 0);
+  for (const bool checked : {false, true}) {
+    r.options.checked = checked;
+    CHECK_THAT(error_of("sync_block();\nvolatile const float* flag = in;\nif (thread == 37)\n"
+                        "while (flag[0] == 0.f) {}",
+                        r),
+               Contains("an endless loop: thread 37 of block 0,0,0 ran for 0.2 s") && Contains("test.cu:4"));
+    CHECK(error_of("for (int i = 0; i < 1000; ++i) sync_warp();", r) == "no error");
+  }
+}
+
 TEST_CASE("threads that name different sizes for a barrier are an error") {
   CHECK_THAT(error_of("if (lane == 0) sync_named(1, 64); else sync_named(1, 32);", threads(64, 0, 0)),
              Contains("barrier 1 among"));
