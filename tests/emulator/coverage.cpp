@@ -1,6 +1,6 @@
-// Every variant that the enumerator offers runs once on small cases, thread for thread. The table in the
-// output says what was known, run and left out (none, unless the time is up: KDA_EMULATOR_SECONDS, 200 by
-// default).
+// Every variant that the enumerator offers for sm_90a and sm_80, whatever K, V and dtype are, runs on small
+// cases, thread for thread, and once with every access checked. The tables in the output say what was known,
+// run and left out (none, unless the time is up: KDA_EMULATOR_SECONDS, 400 by default).
 #include "emulator.h"
 #include "run_case.h"
 #include <algorithm>
@@ -16,9 +16,15 @@ using namespace kda;
 
 namespace {
 
+struct SmallCase {
+  test::CaseOptions options;
+  bool checked = false;
+  bool rest = false; ///< only for variants that no case before it has
+};
+
 /// Problems that between them have tails, empty sequences, grouped heads, both state layouts, padding of K
 /// and V.
-std::vector<test::CaseOptions> cases(Operation operation) {
+std::vector<SmallCase> cases(Operation operation) {
   test::CaseOptions packed;
   packed.problem.operation = operation;
   packed.problem.value_heads = 2;
@@ -42,7 +48,13 @@ std::vector<test::CaseOptions> cases(Operation operation) {
   odd.problem.gate = GateKind::softplus;
   odd.regime = test::Regime::unbounded;
   odd.initial_state = false;
-  return {packed, production, odd};
+  test::CaseOptions narrow = production; // the widest value tiles with the most stages fit only here
+  narrow.problem.key_dim = 32;
+  return {{packed, true}, {production}, {odd}, {narrow, true, true}};
+}
+
+bool contains(const std::vector<Variant>& all, const Variant& v) {
+  return std::find(all.begin(), all.end(), v) != all.end();
 }
 
 /// The variants of both architectures, without repetition.
@@ -50,8 +62,22 @@ std::vector<Variant> variants(const Problem& p) {
   std::vector<Variant> all;
   for (const char* arch : {"sm_90a", "sm_80"})
     for (const Candidate& c : enumerate(p, cuda_target(arch).value()))
-      if (c.rejected.empty() && std::find(all.begin(), all.end(), c.variant) == all.end())
-        all.push_back(c.variant);
+      if (c.rejected.empty() && !contains(all, c.variant)) all.push_back(c.variant);
+  return all;
+}
+
+/// Those of any problem.
+std::vector<Variant> variants(Operation operation) {
+  std::vector<Variant> all;
+  Problem p;
+  p.operation = operation;
+  for (p.key_dim = 16; p.key_dim <= 256; p.key_dim += 16)
+    for (p.value_dim = 16; p.value_dim <= 256; p.value_dim += 16)
+      for (p.dtype = DType::bf16;; p.dtype = DType::fp32) {
+        for (const Variant& v : variants(p))
+          if (!contains(all, v)) all.push_back(v);
+        if (p.dtype == DType::fp32) break;
+      }
   return all;
 }
 
@@ -65,13 +91,13 @@ std::string fault(const Backend& backend, const test::TestCase& c, const Variant
 
 class Coverage {
 public:
-  explicit Coverage(Operation operation) {
+  explicit Coverage(Operation operation) : operation_(operation) {
     const char* const limit = std::getenv("KDA_EMULATOR_SECONDS");
-    seconds_ = limit != nullptr ? std::atof(limit) : 200;
-    for (const test::CaseOptions& o : cases(operation)) {
-      cases_.push_back(test::random_case(o));
-      for (const Variant& v : variants(o.problem))
-        work_.push_back({cases_.size() - 1, v});
+    seconds_ = limit != nullptr ? std::atof(limit) : 400;
+    for (const SmallCase& small : cases(operation)) {
+      cases_.push_back(test::random_case(small.options));
+      for (const Variant& v : variants(small.options.problem))
+        if (!small.rest || !in_work(v)) work_.push_back({cases_.size() - 1, v, small.checked});
     }
   }
 
@@ -83,6 +109,18 @@ public:
 
   /// Also fails the test for every fault.
   void report() const {
+    const bool all_ran = std::all_of(work_.begin(), work_.end(), [](const Work& w) { return w.run; });
+    std::size_t ran = 0;
+    const std::vector<Variant> every = variants(operation_);
+    for (const Variant& v : every) {
+      const bool run =
+          std::any_of(work_.begin(), work_.end(), [&](const Work& w) { return w.run && w.variant == v; });
+      ran += run ? 1 : 0;
+      if (!run && all_ran) FAIL_CHECK("no case has " << to_string(v));
+    }
+    CHECK(ran > 0);
+    fmt::print("{}: variants known for any K, V and dtype {}, run {}\n", to_string(operation_), every.size(),
+               ran);
     for (std::size_t c = 0; c < cases_.size(); ++c) {
       int known = 0, run = 0;
       std::string left_out;
@@ -94,8 +132,8 @@ public:
         if (!w.fault.empty())
           FAIL_CHECK(to_string(cases_[c].inputs.problem) << "\n" << to_string(w.variant) << ": " << w.fault);
       }
-      CHECK(known > 0);
-      fmt::print("{}\n  variants known {}, run {}{}\n", to_string(cases_[c].inputs.problem), known, run,
+      if (known == 0) continue;
+      fmt::print("  {}\n    variants {}, run {}{}\n", to_string(cases_[c].inputs.problem), known, run,
                  left_out);
     }
   }
@@ -104,23 +142,35 @@ private:
   struct Work {
     std::size_t test_case;
     Variant variant;
+    bool checked;
     bool run = false;
     std::string fault{};
   };
 
+  [[nodiscard]] bool in_work(const Variant& v) const {
+    return std::any_of(work_.begin(), work_.end(), [&](const Work& w) { return w.variant == v; });
+  }
+
   /// Variants of a case are far apart in order: when the time is up, no case was forgotten.
   void work() {
-    const auto backend = emulator::make_backend({"sm_90a", 2, emulator::Copies::late, 1, 1}).value();
+    emulator::Options options;
+    options.seed = 2;
+    options.threads = 1;
+    options.optimize = 0; // most of the time is the compiler's
+    const auto plain = emulator::make_backend(options).value();
+    options.checked = true;
+    const auto checked = emulator::make_backend(options).value();
     const std::size_t stride = 97; // prime to most counts; the loop below visits every item anyway
     for (std::size_t i = next_++; i < work_.size(); i = next_++) {
       const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - begin_;
       if (spent.count() > seconds_) return;
       Work& w = work_[work_.size() % stride == 0 ? i : i * stride % work_.size()];
-      w.fault = fault(*backend, cases_[w.test_case], w.variant);
+      w.fault = fault(w.checked ? *checked : *plain, cases_[w.test_case], w.variant);
       w.run = true;
     }
   }
 
+  Operation operation_;
   double seconds_ = 0;
   std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
   std::vector<test::TestCase> cases_;
