@@ -2,9 +2,11 @@
 // What the tests of the two chunk kernels share: the options that pairwise rows index, and the golden files.
 #include "codegen/variant.h"
 #include "random_case.h"
+#include <algorithm>
 #include <array>
 #include <catch2/catch.hpp>
 #include <filesystem>
+#include <fmt/format.h>
 #include <set>
 
 namespace kda::test::chunk {
@@ -20,11 +22,24 @@ inline std::string rejection(const Problem& p, const Variant& v, const char* arc
   return "not enumerated";
 }
 
-/// Whether the variant takes the problem of a golden file; a refusal is said aloud.
-inline bool runs(const std::string& name, const Problem& p, const std::string& text) {
-  const std::string why = rejection(p, variant(text));
-  if (!why.empty()) WARN("not run: " << name << " on " << text << ": " << why);
-  return why.empty();
+/// Two variants or more for the problem of a golden file: those of `preferred` that take it, and others of
+/// the enumerator where they are not enough. Says which.
+inline std::vector<Variant> golden_variants(const std::string& name, const Problem& p,
+                                            std::initializer_list<const char*> preferred) {
+  std::vector<Variant> all;
+  std::string said;
+  const auto add = [&](const Variant& v) {
+    if (std::find(all.begin(), all.end(), v) != all.end()) return;
+    all.push_back(v);
+    said += (said.empty() ? "" : ", ") + to_string(v);
+  };
+  for (const char* text : preferred)
+    if (rejection(p, variant(text)).empty()) add(variant(text));
+  for (const Candidate& c : enumerate(p, cuda_target("sm_90a").value()))
+    if (all.size() < 2 && c.rejected.empty()) add(c.variant);
+  fmt::print("{} {}: {}\n", to_string(p.operation), name, said);
+  REQUIRE(all.size() >= 2);
+  return all;
 }
 
 // One array an option.

@@ -65,10 +65,10 @@ TEST_CASE("chunk forward: golden cases") {
     Problem& p = c.inputs.problem;
     p.dtype = p.gate_dtype = p.beta_dtype = DType::bf16; // which hold the inputs exactly
     c.expected = {{"o", values(golden, "o")}, {"final_state", values(golden, "final_state")}};
-    for (const char* text : {"chunk c=64 vt=64 pw=8 sw=4 st=2", "chunk c=32 vt=32 pw=8 sw=4 st=2"}) {
-      INFO(golden.name);
-      if (test::chunk::runs(golden.name, p, text)) check_report(run(c, variant(text)), p, variant(text));
-    }
+    INFO(golden.name);
+    for (const Variant& v : test::chunk::golden_variants(
+             golden.name, p, {"chunk c=64 vt=64 pw=8 sw=4 st=2", "chunk c=32 vt=32 pw=8 sw=4 st=2"}))
+      check_report(run(c, v), p, v);
   }
 }
 
