@@ -189,4 +189,35 @@ TestCase random_case(const CaseOptions& o) {
   return c;
 }
 
+TestCase exact_case(const CaseOptions& o) {
+  TestCase c = random_case(o);
+  Random random(o.seed);
+  const auto integers = [&](Array& x, int magnitude) {
+    for (double& value : x)
+      value = std::round(random.uniform(-magnitude, magnitude));
+  };
+  const auto dim = static_cast<std::size_t>(c.inputs.problem.key_dim);
+  for (Array* x : {&c.inputs.q, &c.inputs.k}) {
+    std::fill(x->begin(), x->end(), 0);
+    for (std::size_t row = 0; row < x->size(); row += dim)
+      // A few channels, so that tokens meet.
+      (*x)[row + static_cast<std::size_t>(random.uniform(0, 4)) * (dim / 4)] =
+          random.uniform(0, 1) < 0.5 ? -1 : 1;
+  }
+  for (Array* x : {&c.inputs.v, &c.inputs.initial_state, &c.gradients.d_o, &c.gradients.d_final_state})
+    integers(*x, 2);
+  for (double& g : c.inputs.g)
+    g = random.uniform(0, 1) < 0.5 ? 0 : -1;
+  for (double& b : c.inputs.beta)
+    b = random.uniform(0, 1) < 0.5 ? 0.5 : 1;
+  c.expected = expect(c);
+  const Problem& p = c.inputs.problem;
+  for (Expected& e : c.expected)
+    e.values = rounded(e.values, e.name.find("state") != std::string::npos ? p.state_dtype
+                                 : e.name == "d_g"                         ? p.gate_dtype
+                                 : e.name == "d_beta"                      ? p.beta_dtype
+                                                                           : p.dtype);
+  return c;
+}
+
 } // namespace kda::test

@@ -284,6 +284,7 @@ private:
       r.place = fmt::format("{} is {:.6g}, expected {:.6g}", coordinates(static_cast<std::int64_t>(i), shape),
                             x[i], e.values[i]);
     }
+    r.values = x;
     return r;
   }
 

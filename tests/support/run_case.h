@@ -17,6 +17,7 @@ struct TensorReport {
   std::size_t not_finite = 0; ///< elements
   double largest = 0;         ///< largest difference of an element ...
   std::string place;          ///< ... its coordinates, and both values
+  reference::Array values{};  ///< what the device left
 };
 struct RunReport {
   std::vector<TensorReport> tensors;

@@ -1,0 +1,72 @@
+// A card against the emulator, bit for bit.
+#include "exact_cases.h"
+#include "gpu.h"
+#include "kept_outputs.h"
+#include <cmath>
+#include <fmt/format.h>
+
+using namespace kda;
+using namespace kda::test;
+
+namespace {
+
+/// Steps of `dtype` between two numbers of the same sign; the distance through zero otherwise.
+double steps(double a, double b, DType dtype) {
+  const int mantissa = dtype == DType::bf16 ? 8 : dtype == DType::fp16 ? 11 : 24;
+  const double step = std::ldexp(1, std::ilogb(std::max(std::abs(a), std::abs(b))) - mantissa + 1);
+  return std::abs(a - b) / step;
+}
+
+void compare(const KeptCase& k, const TensorReport& t) {
+  const reference::Array emulated = kept(kept_file(k.name, t.name));
+  CAPTURE(k.name, t.name);
+  REQUIRE(emulated.size() == t.values.size());
+  const Problem& p = k.test_case.inputs.problem;
+  const DType dtype = t.name == "o" && p.operation != Operation::gate ? p.dtype : DType::fp32;
+  std::size_t same = 0;
+  double most = 0;
+  for (std::size_t i = 0; i < emulated.size(); ++i) {
+    if (emulated[i] == t.values[i])
+      ++same;
+    else
+      most = std::max(most, steps(emulated[i], t.values[i], dtype));
+  }
+  const double difference = reference::relative_error(t.values, emulated);
+  fmt::print("{:<10}{:<12} the same bits: {} of {} ({:.2f} %); most steps apart: {:.0f}; 2-norm {:.2e}\n",
+             k.name, t.name, same, emulated.size(),
+             100.0 * static_cast<double>(same) / static_cast<double>(emulated.size()), most, difference);
+  // Each is within the tolerance of float64.
+  CHECK(difference <= 2 * tolerance(p, k.variant, t.name));
+}
+
+RunReport run(const Backend& backend, const TestCase& c, const Variant& v) {
+  const auto report = run_case(backend, c, v);
+  if (!report) FAIL(report.error().message << "\n" << report.error().context);
+  return *report;
+}
+
+} // namespace
+
+TEST_CASE("exact cases give the bits of float64, which are the emulator's", "[gpu]") {
+  const auto backend = gpu();
+  if (backend == nullptr) return;
+  for (const ExactCase& e : exact_cases())
+    for (const TensorReport& t : run(*backend, e.test_case, e.variant).tensors) {
+      CAPTURE(to_string(e.test_case.inputs.problem), to_string(e.variant), t.name, t.place);
+      CHECK(t.error <= kSameBits);
+    }
+}
+
+TEST_CASE("three kernels beside what the emulator gave: how many bits are the same", "[gpu]") {
+  const auto backend = gpu();
+  if (backend == nullptr) return;
+  for (const KeptCase& k : kept_cases()) {
+    if (!std::filesystem::exists(kept_file(k.name, "o"))) {
+      WARN("SKIPPED, no outputs of the emulator in " << kept_file(k.name, "o").parent_path()
+                                                     << "; first run test_kernels \"the outputs kept*\"");
+      return;
+    }
+    for (const TensorReport& t : run(*backend, k.test_case, k.variant).tensors)
+      compare(k, t);
+  }
+}
