@@ -80,20 +80,13 @@ bool grouped(const Problem& p) {
 LaunchList launch_list(const Problem& p, const Variant& v, const Target&, const Sizes& s) {
   constexpr int kReduceThreads = 512, kGroupThreads = 256, kScheduleThreads = 256;
   LaunchList list;
-  const auto add = [&](int entry, std::int64_t ctas, int threads, int shared) {
-    if (ctas > 0)
-      list.add({entry,
-                {static_cast<unsigned>(ctas), 1, 1},
-                static_cast<unsigned>(threads),
-                static_cast<unsigned>(shared)});
-  };
-  if (p.varlen) add(5, 1, kScheduleThreads, kScheduleThreads / 32 * 4);
-  add(0, prepare_ctas(p, v, s), v.prepare_warps * 32, prepare_shared(p, v));
-  add(1, scan_ctas(p, v, s), v.scan_warps * 32, scan_shared(p, v));
-  add(2, chunk_bound(p, s, v.chunk) * p.value_heads, v.prepare_warps * 32, gradient_shared(p, v));
-  if (has_parameters(p)) add(3, p.value_heads, kReduceThreads, kReduceThreads * 4);
+  if (p.varlen) list.add(5, 1, kScheduleThreads, kScheduleThreads / 32 * 4);
+  list.add(0, prepare_ctas(p, v, s), v.prepare_warps * 32, prepare_shared(p, v));
+  list.add(1, scan_ctas(p, v, s), v.scan_warps * 32, scan_shared(p, v));
+  list.add(2, chunk_bound(p, s, v.chunk) * p.value_heads, v.prepare_warps * 32, gradient_shared(p, v));
+  if (has_parameters(p)) list.add(3, p.value_heads, kReduceThreads, kReduceThreads * 4);
   const std::int64_t items = s.batch * s.tokens * p.heads * (p.key_dim / 4);
-  if (grouped(p)) add(4, (items + kGroupThreads - 1) / kGroupThreads, kGroupThreads, 0);
+  if (grouped(p)) list.add(4, (items + kGroupThreads - 1) / kGroupThreads, kGroupThreads, 0);
   return list;
 }
 

@@ -51,16 +51,9 @@ std::int64_t scan_ctas(const Problem& p, const Variant& v, const Sizes& s) {
 
 LaunchList launch_list(const Problem& p, const Variant& v, const Target&, const Sizes& s) {
   LaunchList list;
-  const auto add = [&](int entry, std::int64_t ctas, int warps, int shared) {
-    if (ctas > 0)
-      list.add({entry,
-                {static_cast<unsigned>(ctas), 1, 1},
-                static_cast<unsigned>(warps) * 32,
-                static_cast<unsigned>(shared)});
-  };
-  if (p.varlen) add(2, 1, 8, 8 * 4);
-  add(0, prepare_ctas(p, v, s), v.prepare_warps, prepare_shared(p, v));
-  add(1, scan_ctas(p, v, s), v.scan_warps, scan_shared(p, v));
+  if (p.varlen) list.add(2, 1, 8 * 32, 8 * 4);
+  list.add(0, prepare_ctas(p, v, s), v.prepare_warps * 32, prepare_shared(p, v));
+  list.add(1, scan_ctas(p, v, s), v.scan_warps * 32, scan_shared(p, v));
   return list;
 }
 

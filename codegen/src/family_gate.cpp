@@ -34,14 +34,12 @@ std::int64_t tiles(const Variant& v, const Sizes& s) {
 
 LaunchList launch_list(const Problem& p, const Variant& v, const Target&, const Sizes& s) {
   LaunchList list;
-  const auto threads = static_cast<unsigned>(v.scan_warps) * 32;
-  const auto heads = static_cast<unsigned>(p.value_heads);
+  const int threads = v.scan_warps * 32;
   const bool sums = p.operation == Operation::gate_backward && has_parameters(p);
   // Sums over the warps of a CTA: [warps][K + 1] floats.
-  const unsigned shared = sums ? static_cast<unsigned>(v.scan_warps * (p.key_dim + 1)) * 4 : 0;
-  const auto ctas = static_cast<unsigned>(tiles(v, s)) * heads;
-  if (ctas > 0) list.add({0, {ctas, 1, 1}, threads, shared});
-  if (sums) list.add({1, {heads, 1, 1}, threads, shared});
+  const int shared = sums ? v.scan_warps * (p.key_dim + 1) * 4 : 0;
+  list.add(0, tiles(v, s) * p.value_heads, threads, shared);
+  if (sums) list.add(1, p.value_heads, threads, shared);
   return list;
 }
 

@@ -56,8 +56,7 @@ Result<SourceUnit> emit_host(const Problem& p, const Variant& v, const Target& t
 
 LaunchList launches_host(const Problem& p, const Variant& v, const Sizes& s) {
   LaunchList list;
-  const std::int64_t count = items(p, v, s);
-  if (count > 0) list.add({0, {static_cast<unsigned>(count), 1, 1}, 0, 0});
+  list.add(0, items(p, v, s), 0, 0);
   return list;
 }
 

@@ -73,9 +73,7 @@ std::int64_t units(const Problem& p, const Variant& v, const Sizes& s) {
 
 LaunchList launch_list(const Problem& p, const Variant& v, const Target&, const Sizes& s) {
   LaunchList list;
-  const std::int64_t ctas = (units(p, v, s) + v.scan_warps - 1) / v.scan_warps;
-  if (ctas > 0)
-    list.add({0, {static_cast<unsigned>(ctas), 1, 1}, static_cast<unsigned>(v.scan_warps) * 32, 0});
+  list.add(0, (units(p, v, s) + v.scan_warps - 1) / v.scan_warps, v.scan_warps * 32, 0);
   return list;
 }
 

@@ -84,18 +84,14 @@ bool has_parameters(const Problem& p) {
 
 LaunchList launch_list(const Problem& p, const Variant& v, const Target&, const Sizes& s) {
   LaunchList list;
-  const auto threads = static_cast<unsigned>(v.scan_warps) * 32;
-  const auto add = [&](int entry, std::int64_t ctas, int shared) {
-    if (ctas > 0)
-      list.add({entry, {static_cast<unsigned>(ctas), 1, 1}, threads, static_cast<unsigned>(shared)});
-  };
+  const int threads = v.scan_warps * 32;
   const std::int64_t items = s.batch * s.tokens * p.heads,
                      cta_items = static_cast<std::int64_t>(v.scan_warps) * spread_of(p).rows;
   const int gate_shared = has_parameters(p) ? v.scan_warps * (p.key_dim + 1) * 4 : 0;
-  add(0, scan_ctas(p, v, s), scan_shared(p, v));
-  add(1, (items + cta_items - 1) / cta_items, 0);
-  add(2, gate_tiles(v, s) * p.value_heads, gate_shared);
-  if (has_parameters(p)) add(3, p.value_heads, gate_shared);
+  list.add(0, scan_ctas(p, v, s), threads, scan_shared(p, v));
+  list.add(1, (items + cta_items - 1) / cta_items, threads, 0);
+  list.add(2, gate_tiles(v, s) * p.value_heads, threads, gate_shared);
+  if (has_parameters(p)) list.add(3, p.value_heads, threads, gate_shared);
   return list;
 }
 

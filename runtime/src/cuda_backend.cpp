@@ -53,8 +53,8 @@ public:
   Status launch(const Launch& l, const KernelArgs& args, void* stream) const override {
     const CurrentContext current(*d_, context_);
     std::array<void*, 1> parameters{const_cast<KernelArgs*>(&args)};
-    const int code = d_->launch(functions_[static_cast<std::size_t>(l.entry)], l.grid[0], l.grid[1],
-                                l.grid[2], l.block, 1, 1, l.shared_bytes, stream, parameters.data(), nullptr);
+    const int code = d_->launch(functions_[static_cast<std::size_t>(l.entry)], static_cast<unsigned>(l.ctas),
+                                1, 1, l.block, 1, 1, l.shared_bytes, stream, parameters.data(), nullptr);
     return code == 0 ? Status{} : d_->check(code, "cuLaunchKernel");
   }
 

@@ -24,11 +24,15 @@ Status launch_all(const Backend& backend, const Module& module, const Problem& p
   for (int i = 0; i < layout.count; ++i)
     args.workspace[i] = static_cast<std::byte*>(workspace) + layout.offset[static_cast<std::size_t>(i)];
   const LaunchList list = launches(p, v, backend.target(), s);
-  for (int i = 0; i < list.count; ++i) {
-    const Launch& l = list.items[static_cast<std::size_t>(i)];
-    if (l.grid[0] == 0 || l.grid[1] == 0 || l.grid[2] == 0) continue;
-    if (Status ok = module.launch(l, args, stream); !ok) return ok;
-  }
+  for (int i = 0; i < list.count; ++i)
+    if (list.items[static_cast<std::size_t>(i)].ctas > kMostCtas)
+      return fail(ErrorCode::invalid_argument,
+                  fmt::format("{} tokens and {} sequences with {} value heads need {} CTAs in a launch and a "
+                              "grid has {}; split the call",
+                              s.batch * s.tokens, s.sequences, p.value_heads,
+                              list.items[static_cast<std::size_t>(i)].ctas, kMostCtas));
+  for (int i = 0; i < list.count; ++i)
+    if (Status ok = module.launch(list.items[static_cast<std::size_t>(i)], args, stream); !ok) return ok;
   return {};
 }
 

@@ -221,11 +221,13 @@ private:
 } // namespace
 
 Status check_sizes(const Problem& p, const Sizes& s) {
+  // Kernels count tokens, chunks and sequences in 32 bits and elements in 64.
   constexpr std::int64_t kMost = std::int64_t{1} << 30;
   if (s.batch < 0 || s.tokens < 0 || s.sequences < 0)
     return fail(ErrorCode::invalid_argument, "batch, tokens and sequences must not be negative");
-  if (s.batch > kMost || s.sequences > kMost || s.tokens > (std::int64_t{1} << 40))
-    return fail(ErrorCode::invalid_argument, "at most 2^30 sequences and 2^40 tokens are supported");
+  if (s.batch > kMost || s.sequences > kMost || (s.batch > 0 && s.tokens > kMost / s.batch))
+    return fail(ErrorCode::invalid_argument,
+                "at most 2^30 sequences and 2^30 tokens in a call are supported");
   if (p.varlen && s.batch != 1)
     return fail(ErrorCode::invalid_argument, fmt::format("a packed problem has batch 1, not {}", s.batch));
   if (!p.varlen && s.sequences != s.batch)

@@ -125,16 +125,21 @@ public:
     const auto refuse = [&](std::string_view why) {
       return fail(ErrorCode::device_error, fmt::format("launch of {} refused: {}", names_[entry], why));
     };
-    if (std::find(launch.grid.begin(), launch.grid.end(), 0U) != launch.grid.end())
-      return refuse("a dimension of the grid is 0");
-    if (launch.grid[1] > 65535 || launch.grid[2] > 65535) return refuse("grid.y and grid.z reach 65535");
+    if (launch.ctas <= 0 || launch.ctas > kMostCtas)
+      return refuse(fmt::format("a grid of {} CTAs; 1 to {} are possible", launch.ctas, kMostCtas));
     if (launch.block == 0 || launch.block > 1024 || launch.block % 32 != 0)
       return refuse(fmt::format("{} threads; whole warps, at most 1024", launch.block));
     if (launch.shared_bytes > static_cast<unsigned>(target_.max_shared_bytes))
       return refuse(fmt::format("{} bytes of shared memory; {} has {}", launch.shared_bytes, target_.arch,
                                 target_.max_shared_bytes));
-    Job job{entries_[entry],     &args,         launch.grid,     static_cast<int>(launch.block),
-            launch.shared_bytes, options_.seed, options_.copies, {}};
+    Job job{entries_[entry],
+            &args,
+            {static_cast<unsigned>(launch.ctas), 1, 1},
+            static_cast<int>(launch.block),
+            launch.shared_bytes,
+            options_.seed,
+            options_.copies,
+            {}};
     if (options_.checked) job.global.emplace();
     job.code = code_.first;
     job.code_end = code_.second;

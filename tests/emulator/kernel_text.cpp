@@ -41,7 +41,7 @@ Result<std::vector<float>> launch(const Backend& backend, const Module& module, 
   TensorMapFields map = run.map;
   map.base = static_cast<unsigned char*>(in);
   args.workspace[2] = &map;
-  if (Status ok = module.launch({0, {run.grid, 1, 1}, run.threads, run.shared_bytes}, args, nullptr); !ok)
+  if (Status ok = module.launch({0, run.grid, run.threads, run.shared_bytes}, args, nullptr); !ok)
     return tl::unexpected(ok.error());
   std::vector<float> result(run.outputs);
   if (Status ok = backend.copy_from_device(result.data(), out, run.outputs * sizeof(float)); !ok)

@@ -155,7 +155,7 @@ std::vector<std::array<float, 6>> probe(GateKind gate, const std::vector<float>&
   args.g.data = backend->allocate(in.size() * sizeof(float)).value();
   args.o.data = backend->allocate(out.size() * sizeof(out[0])).value();
   REQUIRE(backend->copy_to_device(args.g.data, in.data(), in.size() * sizeof(float)));
-  REQUIRE(module->launch({0, {1, 1, 1}, 32, 0}, args, nullptr));
+  REQUIRE(module->launch({0, 1, 32, 0}, args, nullptr));
   REQUIRE(backend->copy_from_device(out.data(), args.o.data, out.size() * sizeof(out[0])));
   backend->release(args.g.data);
   backend->release(args.o.data);

@@ -110,6 +110,30 @@ TEST_CASE("execute refuses a workspace that is absent, too small or misaligned, 
   CHECK(f.backend->launches == 0);
 }
 
+TEST_CASE("a call that needs more CTAs than a grid has is refused, and nothing is launched") {
+  Fixture f;
+  constexpr std::int64_t kTokens = std::int64_t{1} << 30;
+  Problem problem = f.problem;
+  problem.heads = problem.value_heads = 4096;
+  const Kernel kernel =
+      f.engine.prepare(f.engine.plan(problem, kScripted, kSizes, chunk_variant(problem)).value()).value();
+  const auto tensor = [&](DType dtype, std::initializer_list<std::int64_t> shape) {
+    return contiguous(f.workspace, dtype, shape); // never read
+  };
+  Args args;
+  args.q = args.k = tensor(problem.dtype, {1, kTokens, 4096, problem.key_dim});
+  args.v = args.o = tensor(problem.dtype, {1, kTokens, 4096, problem.value_dim});
+  args.g = tensor(problem.gate_dtype, {1, kTokens, 4096, problem.key_dim});
+  args.beta = tensor(problem.beta_dtype, {1, kTokens, 4096});
+  args.A_log = tensor(DType::fp32, {4096});
+  args.dt_bias = tensor(DType::fp32, {4096, problem.key_dim});
+  const Status status = kernel.execute(args, f.workspace, kernel.workspace_bytes({1, kTokens, 1}).value());
+  REQUIRE_FALSE(status);
+  CHECK(status.error().code == ErrorCode::invalid_argument);
+  CHECK_THAT(status.error().message, Catch::Matchers::Contains("split the call"));
+  CHECK(f.backend->launches == 0);
+}
+
 TEST_CASE("execute on a kernel that was never prepared is not_prepared") {
   const Status status = Kernel().execute({}, nullptr, 0);
   REQUIRE_FALSE(status);

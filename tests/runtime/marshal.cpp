@@ -262,6 +262,9 @@ TEST_CASE("sizes that a problem cannot have are refused") {
   CHECK_FALSE(check_sizes(p, {2, 100, 3}));
   CHECK_FALSE(check_sizes(p, {-1, 100, -1}));
   CHECK_FALSE(check_sizes(p, {1, -1, 1}));
+  CHECK(check_sizes(p, {4, 1 << 28, 4}));
+  CHECK_FALSE(check_sizes(p, {4, (1 << 28) + 1, 4}));
+  CHECK_FALSE(check_sizes(p, {1 << 30, std::int64_t{1} << 40, 1 << 30}));
   p.varlen = true;
   CHECK(check_sizes(p, {1, 100, 0}));
   CHECK_FALSE(check_sizes(p, {2, 100, 2}));

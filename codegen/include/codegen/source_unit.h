@@ -3,6 +3,7 @@
 #include "codegen/variant.h"
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -27,16 +28,21 @@ struct SourceUnit {
 
 /// One kernel launch of an execute.
 struct Launch {
-  int entry = 0; ///< index into SourceUnit::entries
-  std::array<unsigned, 3> grid{1, 1, 1};
-  unsigned block = 0;
+  int entry = 0;         ///< index into SourceUnit::entries
+  std::int64_t ctas = 1; ///< a grid of one dimension; host: work items. At most kMostCtas
+  unsigned block = 0;    ///< threads of a CTA; 0 on the host
   unsigned shared_bytes = 0;
 };
-/// The launches of one call, in order, in one stream; no allocation.
+constexpr std::int64_t kMostCtas = 2147483647; ///< that a CUDA grid has in x
+/// The launches of one call, in order, in one stream; no allocation. A launch without CTAs is left out.
 struct LaunchList {
   std::array<Launch, 12> items{};
   int count = 0;
-  void add(const Launch& launch) { items[static_cast<std::size_t>(count++)] = launch; }
+  void add(int entry, std::int64_t ctas, int block, int shared_bytes) {
+    if (ctas > 0)
+      items[static_cast<std::size_t>(count++)] = {entry, ctas, static_cast<unsigned>(block),
+                                                  static_cast<unsigned>(shared_bytes)};
+  }
 };
 [[nodiscard]] LaunchList launches(const Problem&, const Variant&, const Target&, const Sizes&);
 

@@ -28,7 +28,7 @@ public:
       return fail(ErrorCode::internal, fmt::format("there is no kernel {}", launch.entry));
     using Entry = void (*)(const KernelArgs*, std::int64_t begin, std::int64_t end);
     const auto entry = reinterpret_cast<Entry>(object_->entries[static_cast<std::size_t>(launch.entry)]);
-    pool_->run(launch.grid[0], [&](std::int64_t begin, std::int64_t end) { entry(&args, begin, end); });
+    pool_->run(launch.ctas, [&](std::int64_t begin, std::int64_t end) { entry(&args, begin, end); });
     return {};
   }
 
