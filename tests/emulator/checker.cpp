@@ -108,6 +108,16 @@ TEST_CASE("checked: blocks of a launch share no memory but through atomics") {
   CHECK_THAT(fault_of("atomic_add(const_cast<float*>(in), 1.f);", r), kNone);
 }
 
+TEST_CASE("checked: threads of a block need a barrier in global memory too") {
+  const Run r = checked(64, 0, 64);
+  const std::string write = "out[thread] = 1.f;\n", read = "in = out;\nconst float x = in[63 - thread];\n";
+  CHECK_THAT(fault_of(joined({write, "sync_block();\n", read, "sync_block();\nout[thread] = x;"}), r), kNone);
+  CHECK_THAT(fault_of(joined({write, "sync_block();\n", read, "out[thread] = x;"}), r),
+             Contains("race: thread") && Contains("of a buffer of 256 bytes"));
+  CHECK_THAT(fault_of("const float x = in[63 - thread];\nconst_cast<float*>(in)[thread] = x;", r),
+             Contains("race: thread") && Contains("test.cu:1") && Contains("test.cu:2"));
+}
+
 TEST_CASE("checked: copy_async needs its wait, then a barrier, and its destination to be free") {
   const Run r = checked(64, 1024, 64);
   const std::string copy = "copy_async_16(shared + 4 * thread, in + 4 * thread); commit_copies();\n",

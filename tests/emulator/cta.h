@@ -100,7 +100,11 @@ private:
   void require(const std::string& fault) {
     if (!fault.empty()) fail(fault);
   }
-  void global_access(const void* address, std::size_t bytes, Access access, const void* place);
+  [[nodiscard]] std::size_t shared_offset(const void* address) const {
+    return static_cast<std::size_t>(static_cast<const unsigned char*>(address) - shared_);
+  }
+  /// False for a constant of the kernel.
+  bool check_global(const void* address, std::size_t bytes, Access access, const void* place);
   void check_matrix(std::size_t first, WarpOperation operation, const void* place);
   void check_copy(const Fiber& fiber, const PendingCopy& copy, const void* place);
   void check_bulk(const Fiber& fiber, const PendingBulk& bulk, const void* place);

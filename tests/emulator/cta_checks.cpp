@@ -12,11 +12,16 @@ bool in_same_object(const void* address, const void* place) {
   return dladdr(address, &a) != 0 && dladdr(place, &b) != 0 && a.dli_fbase == b.dli_fbase;
 }
 
+Span global_span(const void* address, std::size_t bytes) {
+  return {reinterpret_cast<std::size_t>(address), bytes, true};
+}
+
 } // namespace
 
-void Cta::global_access(const void* address, std::size_t bytes, Access access, const void* place) {
+bool Cta::check_global(const void* address, std::size_t bytes, Access access, const void* place) {
   const std::string fault = job_->global->access(linear_, address, bytes, access);
-  if (fault.empty() || (access == Access::read && in_same_object(address, place))) return;
+  if (fault.empty()) return true;
+  if (access == Access::read && in_same_object(address, place)) return false;
   fail(fmt::format("{}, by {} at {}", fault, describe_current(), source_place(place)));
 }
 
@@ -30,10 +35,10 @@ void Cta::access(const Fiber& fiber, const void* address, std::size_t bytes, Acc
   };
   // thread_index() and its kin read these.
   if (within(fibers_.data(), fibers_.size() * sizeof(Fiber)) || within(&kServices, sizeof kServices)) return;
-  const auto offset = static_cast<const unsigned char*>(address) - shared_;
-  if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(job_->shared_bytes))
-    return global_access(address, bytes, access, place);
-  require(shadow_.access(fiber.index, static_cast<std::size_t>(offset), bytes, access, place));
+  if (within(shared_, job_->shared_bytes))
+    require(shadow_.access(fiber.index, {shared_offset(address), bytes}, access, place));
+  else if (check_global(address, bytes, access, place))
+    require(shadow_.access(fiber.index, global_span(address, bytes), access, place));
 }
 
 void Cta::fence_proxy(const Fiber& fiber) {
@@ -59,37 +64,42 @@ void Cta::check_matrix(std::size_t first, WarpOperation operation, const void* p
     const std::size_t r = lane % 8;
     for (std::size_t column = 0; column < 8; column += transposed ? 1 : 2) {
       const std::size_t owner = transposed ? column * 4 + r / 2 : r * 4 + column / 2;
-      require(shadow_.access(static_cast<int>(first + owner), static_cast<std::size_t>(offset) + 2 * column,
-                             transposed ? 2 : 4, load ? Access::read : Access::write, place));
+      require(shadow_.access(static_cast<int>(first + owner),
+                             {shared_offset(row) + 2 * column, transposed ? 2UL : 4UL},
+                             load ? Access::read : Access::write, place));
     }
   }
 }
 
 void Cta::check_copy(const Fiber& fiber, const PendingCopy& copy, const void* place) {
   const auto bytes = static_cast<std::size_t>(copy.bytes);
-  if (copy.valid) global_access(copy.from, bytes, Access::read, place);
-  require(shadow_.access(fiber.index, shadow_.copies(fiber.index), static_cast<Epoch>(copy.group + 1),
-                         static_cast<std::size_t>(static_cast<unsigned char*>(copy.to) - shared_), bytes,
-                         Access::write, place));
+  const int agent = shadow_.copies(fiber.index);
+  const auto epoch = static_cast<Epoch>(copy.group + 1);
+  if (copy.valid && check_global(copy.from, bytes, Access::read, place))
+    require(shadow_.access(fiber.index, agent, epoch, global_span(copy.from, bytes), Access::read, place));
+  require(shadow_.access(fiber.index, agent, epoch, {shared_offset(copy.to), bytes}, Access::write, place));
 }
 
 void Cta::check_bulk(const Fiber& fiber, const PendingBulk& bulk, const void* place) {
   const bool load = bulk.copy.mbarrier != nullptr;
-  each_global(bulk, [&](unsigned char* global, std::size_t bytes) {
-    global_access(global, bytes, load ? Access::read : Access::write, place);
-  });
   const Mbarrier* barrier = load ? &mbarriers_.at(bulk.copy.mbarrier) : nullptr;
-  require(shadow_.access(fiber.index, load ? barrier->loads : shadow_.stores(fiber.index),
-                         load ? barrier->phase + 1 : static_cast<Epoch>(bulk.group + 1),
-                         static_cast<std::size_t>(static_cast<unsigned char*>(bulk.copy.shared) - shared_),
-                         static_cast<std::size_t>(counted_bytes(bulk)), load ? Access::write : Access::read,
-                         place));
+  const int agent = load ? barrier->loads : shadow_.stores(fiber.index);
+  const auto epoch = load ? barrier->phase + 1 : static_cast<Epoch>(bulk.group + 1);
+  each_global(bulk, [&](unsigned char* global, std::size_t bytes) {
+    const Access access = load ? Access::read : Access::write;
+    if (check_global(global, bytes, access, place))
+      require(shadow_.access(fiber.index, agent, epoch, global_span(global, bytes), access, place));
+  });
+  require(shadow_.access(fiber.index, agent, epoch,
+                         {shared_offset(bulk.copy.shared), static_cast<std::size_t>(counted_bytes(bulk))},
+                         load ? Access::write : Access::read, place));
 }
 
 void Cta::check_wgmma(const Warpgroup& group, const PendingWgmma& wgmma, const void* place) {
   shadow_.issue_wgmma(static_cast<int>(&group - groups_.data()), static_cast<Epoch>(wgmma.group + 1));
   each_operand(wgmma.arguments, [&](std::size_t at, std::size_t bytes) {
-    if (at + bytes <= job_->shared_bytes) require(shadow_.read_wgmma(at, bytes, place)); // else refused later
+    if (at + bytes <= job_->shared_bytes)
+      require(shadow_.read_wgmma({at, bytes}, place)); // else refused later
   });
 }
 

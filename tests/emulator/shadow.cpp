@@ -2,6 +2,7 @@
 // (PTX ISA, "Memory Consistency Model": barriers do).
 #include "shadow.h"
 #include "cta.h"
+#include "memory.h"
 #include <algorithm>
 #include <fmt/format.h>
 
@@ -15,6 +16,11 @@ void join(std::vector<Epoch>& to, const std::vector<Epoch>& from) {
 }
 std::size_t place_of(int agent) {
   return static_cast<std::size_t>(agent);
+}
+/// "byte 12 of shared memory".
+std::string name(bool global, std::size_t at) {
+  return global ? Memory::describe(reinterpret_cast<const void*>(at))
+                : fmt::format("byte {} of shared memory", at);
 }
 bool covers(const std::vector<Epoch>& clock, int agent, Epoch epoch) {
   return place_of(agent) < clock.size() && clock[place_of(agent)] >= epoch;
@@ -41,6 +47,8 @@ void Shadow::start(int threads, std::size_t shared_bytes) {
     cell.writer = kNobody;
     cell.readers.clear();
   }
+  pages_.clear();
+  page_ = nullptr;
 }
 
 int Shadow::loads() {
@@ -115,16 +123,15 @@ void Shadow::sync_warp(int first) {
   }
 }
 
-std::string Shadow::access(int thread, std::size_t offset, std::size_t bytes, Access access,
-                           const void* place) {
+std::string Shadow::access(int thread, const Span& span, Access access, const void* place) {
   const Thread& t = thread_[place_of(thread)];
-  return range({t.clock.get(), &t, thread, thread, t.epoch, access, place}, offset, bytes);
+  return range({t.clock.get(), &t, thread, thread, t.epoch, access, place}, span);
 }
 
-std::string Shadow::access(int thread, int agent, Epoch epoch, std::size_t offset, std::size_t bytes,
-                           Access access, const void* place) {
+std::string Shadow::access(int thread, int agent, Epoch epoch, const Span& span, Access access,
+                           const void* place) {
   const Thread& t = thread_[place_of(thread)];
-  return range({t.clock.get(), &t, thread, agent, epoch, access, place}, offset, bytes);
+  return range({t.clock.get(), &t, thread, agent, epoch, access, place}, span);
 }
 
 void Shadow::issue_wgmma(int group, Epoch epoch) {
@@ -143,9 +150,8 @@ void Shadow::issue_wgmma(int group, Epoch epoch) {
   }
 }
 
-std::string Shadow::read_wgmma(std::size_t offset, std::size_t bytes, const void* place) {
-  return range({&wgmma_clock_, nullptr, 0, wgmma(wgmma_group_), wgmma_epoch_, Access::read, place}, offset,
-               bytes);
+std::string Shadow::read_wgmma(const Span& span, const void* place) {
+  return range({&wgmma_clock_, nullptr, 0, wgmma(wgmma_group_), wgmma_epoch_, Access::read, place}, span);
 }
 
 bool Shadow::ordered(const Accessor& who, int agent, Epoch epoch) const {
@@ -168,9 +174,20 @@ bool Shadow::ordered(const Accessor& who, const Reader& reader) const {
   return true;
 }
 
-std::string Shadow::range(const Accessor& who, std::size_t offset, std::size_t bytes) {
-  for (std::size_t at = offset / kCell; at * kCell < offset + bytes; ++at) {
-    Cell& cell = cells_[at];
+Shadow::Cell& Shadow::cell(const Accessor& who, std::size_t index) {
+  if (!who.global) return cells_[index];
+  if (page_ == nullptr || page_number_ != index / kPage) {
+    page_number_ = index / kPage;
+    page_ = &pages_[page_number_];
+    page_->resize(kPage);
+  }
+  return (*page_)[index % kPage];
+}
+
+std::string Shadow::range(Accessor who, const Span& span) {
+  who.global = span.global;
+  for (std::size_t at = span.at / kCell; at * kCell < span.at + span.bytes; ++at) {
+    Cell& cell = this->cell(who, at);
     if (std::string wrong = after_write(who, cell, at * kCell); !wrong.empty()) return wrong;
     if (who.access == Access::read) {
       add_reader(who, cell);
@@ -188,19 +205,20 @@ std::string Shadow::range(const Accessor& who, std::size_t offset, std::size_t b
   return {};
 }
 
-std::string Shadow::after_write(const Accessor& who, const Cell& cell, std::size_t offset) const {
+std::string Shadow::after_write(const Accessor& who, const Cell& cell, std::size_t at) const {
   if (cell.writer == kNobody) {
-    if (who.access == Access::write) return {};
-    return fmt::format("uninitialised: {} reads byte {} of shared memory at {}, which nobody wrote",
-                       name(who.agent), offset, source_place(who.place));
+    // Of global memory, other launches and the host may have written it.
+    if (who.access == Access::write || who.global) return {};
+    return fmt::format("uninitialised: {} reads {} at {}, which nobody wrote", name(who.agent),
+                       kda::emulator::name(false, at), source_place(who.place));
   }
   if (who.access == Access::atomic && cell.atomic) return {};
-  if (!ordered(who, cell.writer, cell.epoch)) return conflict(who, offset, cell.writer, "wrote", cell.place);
+  if (!ordered(who, cell.writer, cell.epoch)) return conflict(who, at, cell.writer, "wrote", cell.place);
   if (fenced(who, cell.writer, cell.epoch)) return {};
-  return fmt::format("proxy: {} {} byte {} of shared memory at {}, which {} wrote at {}, without a "
-                     "fence_proxy_async between",
-                     name(who.agent), who.access == Access::read ? "reads" : "writes", offset,
-                     source_place(who.place), name(cell.writer), source_place(cell.place));
+  return fmt::format("proxy: {} {} {} at {}, which {} wrote at {}, without a fence_proxy_async between",
+                     name(who.agent), who.access == Access::read ? "reads" : "writes",
+                     kda::emulator::name(who.global, at), source_place(who.place), name(cell.writer),
+                     source_place(cell.place));
 }
 
 void Shadow::add_reader(const Accessor& who, Cell& cell) const {
@@ -225,11 +243,11 @@ int Shadow::unordered_lane(const Accessor& who, const Reader& reader) const {
   return reader.first + __builtin_ctz(lanes);
 }
 
-std::string Shadow::conflict(const Accessor& who, std::size_t offset, int agent, const char* did,
+std::string Shadow::conflict(const Accessor& who, std::size_t at, int agent, const char* did,
                              const void* place) const {
-  return fmt::format("race: {} {} byte {} of shared memory at {}, which {} {} at {}, {}", name(who.agent),
-                     who.access == Access::read ? "reads" : "writes", offset, source_place(who.place),
-                     name(agent), did, source_place(place),
+  return fmt::format("race: {} {} {} at {}, which {} {} at {}, {}", name(who.agent),
+                     who.access == Access::read ? "reads" : "writes", kda::emulator::name(who.global, at),
+                     source_place(who.place), name(agent), did, source_place(place),
                      agent < threads_ ? "with no barrier between" : "and nobody waited for that");
 }
 

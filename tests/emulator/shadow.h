@@ -1,10 +1,12 @@
 #pragma once
-// What the checker knows of the shared memory of one CTA: who wrote and read each piece, and which of that
-// every thread can rely on. An access is a race unless a barrier, mbarrier or wait orders it.
+// What the checker knows of the memory that one CTA has used: who wrote and read each piece, and which of
+// that every thread can rely on. An access is a race unless a barrier, mbarrier or wait orders it. What other
+// CTAs do in global memory is GlobalShadow's concern (memory.h).
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace kda::emulator {
@@ -30,6 +32,12 @@ struct Gathering {
 
 enum class Access : std::uint8_t { read, write, atomic };
 
+/// Bytes of shared memory, by their offset, or of global memory, by their address.
+struct Span {
+  std::size_t at, bytes;
+  bool global = false;
+};
+
 class Shadow {
 public:
   void start(int threads, std::size_t shared_bytes);
@@ -53,17 +61,17 @@ public:
   void sync_warp(int first);
 
   // Accesses; empty, or the fault.
-  [[nodiscard]] std::string access(int thread, std::size_t offset, std::size_t bytes, Access access,
-                                   const void* place);
+  [[nodiscard]] std::string access(int thread, const Span& span, Access access, const void* place);
   /// On behalf of `agent`, at its `epoch`, when `thread` issued it.
-  [[nodiscard]] std::string access(int thread, int agent, Epoch epoch, std::size_t offset, std::size_t bytes,
-                                   Access access, const void* place);
+  [[nodiscard]] std::string access(int thread, int agent, Epoch epoch, const Span& span, Access access,
+                                   const void* place);
   /// wgmma reads when all 128 threads have issued it: it may rely on what every one of them has seen.
   void issue_wgmma(int group, Epoch epoch);
-  [[nodiscard]] std::string read_wgmma(std::size_t offset, std::size_t bytes, const void* place);
+  [[nodiscard]] std::string read_wgmma(const Span& span, const void* place);
 
 private:
-  static constexpr std::size_t kCell = 2; ///< bytes: no element is smaller
+  static constexpr std::size_t kCell = 2;   ///< bytes: no element is smaller
+  static constexpr std::size_t kPage = 128; ///< cells of global memory that come together
   static constexpr int kNobody = -1;
 
   struct Reader {
@@ -93,17 +101,19 @@ private:
     Epoch epoch;
     Access access;
     const void* place;
+    bool global = false;
   };
 
   [[nodiscard]] bool asynchronous(int agent) const { return agent >= 2 * threads_; }
   [[nodiscard]] bool ordered(const Accessor& who, int agent, Epoch epoch) const;
   [[nodiscard]] bool fenced(const Accessor& who, int agent, Epoch epoch) const;
   [[nodiscard]] bool ordered(const Accessor& who, const Reader& reader) const;
-  [[nodiscard]] std::string range(const Accessor& who, std::size_t offset, std::size_t bytes);
-  [[nodiscard]] std::string after_write(const Accessor& who, const Cell& cell, std::size_t offset) const;
+  [[nodiscard]] Cell& cell(const Accessor& who, std::size_t index);
+  [[nodiscard]] std::string range(Accessor who, const Span& span);
+  [[nodiscard]] std::string after_write(const Accessor& who, const Cell& cell, std::size_t at) const;
   void add_reader(const Accessor& who, Cell& cell) const;
   [[nodiscard]] int unordered_lane(const Accessor& who, const Reader& reader) const;
-  [[nodiscard]] std::string conflict(const Accessor& who, std::size_t offset, int agent, const char* did,
+  [[nodiscard]] std::string conflict(const Accessor& who, std::size_t at, int agent, const char* did,
                                      const void* place) const;
   [[nodiscard]] std::string name(int agent) const;
   void publish(int thread, Clock& to) const;
@@ -111,7 +121,10 @@ private:
   int threads_ = 0, loads_ = 0;
   std::vector<Thread> thread_;
   std::vector<Cell> cells_;
-  Clock wgmma_clock_; ///< of the wgmma that reads
+  std::unordered_map<std::size_t, std::vector<Cell>> pages_; ///< of global memory that this CTA has used
+  std::vector<Cell>* page_ = nullptr;                        ///< used last ...
+  std::size_t page_number_ = 0;                              ///< ... its number
+  Clock wgmma_clock_;                                        ///< of the wgmma that reads
   int wgmma_group_ = 0;
   Epoch wgmma_epoch_ = 0;
 };
