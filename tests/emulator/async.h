@@ -16,6 +16,8 @@ struct Mbarrier {
   unsigned phase = 0;
   // Checked: who loads to it, what the arrivals bring, and what completed phases brought.
   int loads = 0;
+  int initialiser = 0;  ///< thread
+  bool visible = false; ///< to the asynchronous proxy: fenced since it was initialised
   Gathering gathering;
   SharedClock completed;
 };
@@ -32,6 +34,7 @@ struct PendingWgmma {
 struct Warpgroup {
   GroupOperation operation = GroupOperation::fence;
   int arrived = 0, groups = 0;
+  bool fenced = false; ///< ever
   void* arguments[128] = {};
   std::vector<PendingWgmma> queue;
 };

@@ -162,6 +162,11 @@ TEST_CASE("checked: a pipeline of bulk loads needs full and empty barriers") {
   CHECK_THAT(fault_of(pipeline(empty, "", done), r), Contains("uninitialised") ||
                                                          Contains("which a bulk load wrote") ||
                                                          Contains("race: a bulk load"));
+  std::string unfenced = pipeline(empty, full, done);
+  const std::string fence = "fence_mbarrier_init();";
+  unfenced.erase(unfenced.find(fence), fence.size());
+  CHECK_THAT(fault_of(unfenced, r),
+             Contains("proxy: thread 0") && Contains("without a fence_mbarrier_init behind"));
   // The loads overtake their reader: a race, or it never sees the phase that it waits for.
   CHECK_THAT(fault_of(pipeline("if (i > 1) mbarrier_wait(full + i % 2, i / 2 - 1 & 1);\n", full, done), r),
              Contains("race: ") || Contains("waits in mbarrier_wait"));
@@ -198,6 +203,12 @@ TEST_CASE("checked: what threads wrote needs a fence_proxy_async before a bulk s
   CHECK_THAT(fault_of(joined({fill, barrier, product, wait, result}), w),
              Contains("proxy: wgmma of warpgroup 0 reads"));
   CHECK_THAT(fault_of(joined({fill, fence, product, wait, result}), w), Contains("race: wgmma"));
+  CHECK_THAT(fault_of(joined({fill, fence, barrier,
+                              "float d[32];\nconst u64 b = matrix_descriptor(shared, "
+                              "Swizzle::none, 256, 128);\nwgmma<bf16, 64>(d, b, b, false); wgmma_commit();\n",
+                              wait, result}),
+                      w),
+             Contains("proxy: thread") && Contains("without a wgmma_fence before"));
   CHECK_THAT(fault_of(joined({fill, fence, barrier, product, barrier, refill, wait, result}), w),
              Contains("race: thread") && Contains("wgmma of warpgroup 0 read at") &&
                  Contains("nobody waited for that"));

@@ -82,6 +82,10 @@ void fence_proxy() {
   const Fiber& fiber = current_fiber();
   fiber.cta->fence_proxy(fiber);
 }
+void fence_mbarrier_init() {
+  const Fiber& fiber = current_fiber();
+  fiber.cta->fence_mbarrier_init(fiber);
+}
 void access(const void* address, unsigned long bytes, bool write, const void* place) {
   const Fiber& fiber = current_fiber();
   fiber.cta->access(fiber, address, bytes, write ? Access::write : Access::read, place);
@@ -97,9 +101,14 @@ void complete(const PendingCopy& copy) {
 
 } // namespace
 
-const Services kServices{collective, barrier,          copy,        commit,      wait,
-                         group,      mbarrier,         bulk,        bulk_commit, bulk_wait,
-                         atomic_add, atomic_add_float, fence_proxy, access};
+const Services kServices{collective,  barrier,
+                         copy,        commit,
+                         wait,        group,
+                         mbarrier,    bulk,
+                         bulk_commit, bulk_wait,
+                         atomic_add,  atomic_add_float,
+                         fence_proxy, fence_mbarrier_init,
+                         access};
 
 Cta::~Cta() {
   if (map_ != nullptr) munmap(map_, map_bytes_);

@@ -73,6 +73,7 @@ public:
   // Checked, in cta_checks.cpp.
   void access(const Fiber& fiber, const void* address, std::size_t bytes, Access access, const void* place);
   void fence_proxy(const Fiber& fiber);
+  void fence_mbarrier_init(const Fiber& fiber);
   [[noreturn]] void fail(std::string text);
   [[noreturn]] void finish(Fiber& fiber);
   [[nodiscard]] const Job& job() const { return *job_; }

@@ -63,9 +63,11 @@ bool Cta::mbarrier(Fiber& fiber, MbarrierOperation operation, void* barrier, uns
     refuse("an mbarrier is 8 aligned bytes of shared memory");
   if (operation == MbarrierOperation::init) {
     std::memset(barrier, 0, 8);
-    mbarriers_[barrier] = {static_cast<int>(value), static_cast<int>(value), 0, 0, 0, {}, nullptr};
+    Mbarrier& state = mbarriers_[barrier] = {};
+    state.arrivals = state.pending = static_cast<int>(value);
     if (checked()) {
-      mbarriers_[barrier].loads = shadow_.loads();
+      state.initialiser = fiber.index;
+      state.loads = shadow_.loads();
       access(fiber, barrier, 8, Access::write, place);
     }
     return true;
@@ -159,7 +161,13 @@ void Cta::group(Fiber& fiber, GroupOperation operation, void* arguments, const v
   group.arguments[fiber.index % 128] = arguments;
   if (++group.arrived < 128) return block(fiber, name_of(operation), place);
   group.arrived = 0;
-  if (operation == GroupOperation::wgmma) issue_wgmma(group, place);
+  if (operation == GroupOperation::fence) group.fenced = true;
+  if (operation == GroupOperation::wgmma) {
+    if (checked() && !group.fenced)
+      fail(fmt::format("proxy: {} calls wgmma at {} without a wgmma_fence before", describe_current(),
+                       source_place(place)));
+    issue_wgmma(group, place);
+  }
   if (operation == GroupOperation::commit) ++group.groups;
   if (operation == GroupOperation::wait) {
     const int pending = *static_cast<int*>(arguments);

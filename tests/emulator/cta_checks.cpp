@@ -42,7 +42,14 @@ void Cta::access(const Fiber& fiber, const void* address, std::size_t bytes, Acc
 }
 
 void Cta::fence_proxy(const Fiber& fiber) {
-  if (checked()) shadow_.fence(fiber.index);
+  if (!checked()) return;
+  shadow_.fence(fiber.index);
+  fence_mbarrier_init(fiber);
+}
+
+void Cta::fence_mbarrier_init(const Fiber& fiber) {
+  for (auto& [address, barrier] : mbarriers_)
+    if (barrier.initialiser == fiber.index) barrier.visible = true;
 }
 
 /// The lane that gets or gives a word accesses it, not the one that names the row.
@@ -83,6 +90,11 @@ void Cta::check_copy(const Fiber& fiber, const PendingCopy& copy, const void* pl
 void Cta::check_bulk(const Fiber& fiber, const PendingBulk& bulk, const void* place) {
   const bool load = bulk.copy.mbarrier != nullptr;
   const Mbarrier* barrier = load ? &mbarriers_.at(bulk.copy.mbarrier) : nullptr;
+  if (load && !barrier->visible)
+    fail(fmt::format(
+        "proxy: {} starts a bulk load at {} to an mbarrier without a fence_mbarrier_init behind its "
+        "mbarrier_init",
+        describe_current(), source_place(place)));
   const int agent = load ? barrier->loads : shadow_.stores(fiber.index);
   const auto epoch = load ? barrier->phase + 1 : static_cast<Epoch>(bulk.group + 1);
   each_global(bulk, [&](unsigned char* global, std::size_t bytes) {

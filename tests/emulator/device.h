@@ -90,6 +90,7 @@ struct Services {
   unsigned (*atomic_add)(unsigned* to, unsigned value);
   float (*atomic_add_float)(float* to, float value);
   void (*fence_proxy)();
+  void (*fence_mbarrier_init)();
   /// A load or store of the kernel; only objects that were compiled to be checked call it.
   void (*access)(const void* address, unsigned long bytes, bool write, const void* place);
 };

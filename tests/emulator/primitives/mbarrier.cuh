@@ -11,7 +11,9 @@ KDA_DEVICE bool mbarrier_do(emulator::MbarrierOperation operation, u64* barrier,
 KDA_DEVICE void mbarrier_init(u64* barrier, int arrivals) {
   mbarrier_do(emulator::MbarrierOperation::init, barrier, arrivals);
 }
-KDA_DEVICE void fence_mbarrier_init() {}
+KDA_DEVICE void fence_mbarrier_init() {
+  emulator::current().services->fence_mbarrier_init();
+}
 KDA_DEVICE void mbarrier_arrive(u64* barrier) {
   mbarrier_do(emulator::MbarrierOperation::arrive, barrier, 0);
 }
