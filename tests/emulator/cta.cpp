@@ -233,6 +233,7 @@ void Cta::block(Fiber& fiber, const char* in, const void* place) {
   fiber.waits_in = in;
   fiber.place = place;
   ++switches_;
+  if (overdue_.load(std::memory_order_relaxed)) fail_overdue(place);
   Fiber* next = pick();
   if (next == nullptr) fail(deadlock_report());
   if (next != &fiber) {
@@ -244,6 +245,7 @@ void Cta::block(Fiber& fiber, const char* in, const void* place) {
 
 void Cta::finish(Fiber& fiber) {
   ++switches_;
+  ++progress_;
   fiber.done = true;
   Fiber* next = --live_ == 0 ? nullptr : pick();
   if (live_ != 0 && next == nullptr) fail(deadlock_report());
@@ -260,8 +262,10 @@ void Cta::fail(std::string text) {
 }
 
 void Cta::fail_overdue(const void* place) {
-  fail(fmt::format("an endless loop: {} ran for {:.1f} s without a barrier or warp operation, at {}",
-                   describe_current(), job_->watchdog_seconds, source_place(place)));
+  fail(fmt::format(
+      "an endless loop: {} ran for {:.1f} s without a barrier or warp operation, or its block ten times "
+      "as long without an end of a barrier or thread, at {}",
+      describe_current(), job_->watchdog_seconds, source_place(place)));
 }
 
 std::string Cta::describe_current() const {
@@ -272,11 +276,19 @@ std::string Cta::describe_current() const {
 void Cta::collective(Fiber& fiber, WarpOperation operation, void* arguments, const void* place) {
   const std::size_t first = static_cast<std::size_t>(fiber.index) / 32 * 32;
   Warp& warp = warps_[first / 32];
-  if (warp.arrived == 0) warp.operation = operation;
+  if (warp.arrived == 0) {
+    warp.operation = operation;
+    warp.place = place;
+  }
   if (warp.operation != operation)
     fail(fmt::format("the lanes of warp {} diverge: {} calls {} at {} where others wait in {}\n{}",
                      first / 32, describe_current(), name_of(operation), source_place(place),
                      name_of(warp.operation), deadlock_report()));
+  const bool aligned = operation != WarpOperation::sync && operation != WarpOperation::shuffle &&
+                       operation != WarpOperation::ballot;
+  if (aligned && !same_line(place, warp.place))
+    fail(fmt::format("the lanes of warp {} diverge: {} calls {} at {}, others at {}", first / 32,
+                     describe_current(), name_of(operation), source_place(place), source_place(warp.place)));
   warp.arguments[fiber.index % 32] = arguments;
   warp.arrived |= 1U << (fiber.index % 32);
   if (warp.arrived != ~0U) return block(fiber, name_of(operation), place);
@@ -295,6 +307,28 @@ void Cta::collective(Fiber& fiber, WarpOperation operation, void* arguments, con
   }
 }
 
+/// The compiler may have made two calls of one.
+bool Cta::same_line(const void* a, const void* b) {
+  if (a == b) return true;
+  const auto [found, fresh] = same_line_.try_emplace({a, b}, false);
+  if (fresh) found->second = source_place(a) == source_place(b);
+  return found->second;
+}
+
+/// bar.sync and bar.arrive are .aligned: the lanes of a warp must execute the same one.
+void Cta::check_aligned(const Fiber& fiber, int barrier, const void* place) {
+  Warp& warp = warps_[static_cast<std::size_t>(fiber.index) / 32];
+  if (warp.at_barrier == 0) {
+    warp.barrier = barrier;
+    warp.barrier_place = place;
+  }
+  if (warp.barrier != barrier || !same_line(place, warp.barrier_place))
+    fail(fmt::format("the lanes of warp {} diverge: {} is at barrier {} at {}, others at barrier {} at {}",
+                     fiber.index / 32, describe_current(), barrier, source_place(place), warp.barrier,
+                     source_place(warp.barrier_place)));
+  warp.at_barrier = (warp.at_barrier + 1) % 32;
+}
+
 void Cta::barrier(Fiber& fiber, int id, int threads, bool arrive_only, const void* place) {
   if (id < 0 || id > 15) fail(fmt::format("barrier {} at {}; there are 0 to 15", id, source_place(place)));
   if (id == 0 && threads == 0) threads = job_->threads;
@@ -306,6 +340,7 @@ void Cta::barrier(Fiber& fiber, int id, int threads, bool arrive_only, const voi
   if (b.threads != threads)
     fail(fmt::format("{} waits at barrier {} among {} threads at {}, others among {}", describe_current(), id,
                      threads, source_place(place), b.threads));
+  check_aligned(fiber, id, place);
   ++b.arrived;
   if (checked()) shadow_.release(fiber.index, b.gathering);
   if (!arrive_only) b.waiting.push_back(&fiber);
@@ -319,6 +354,7 @@ void Cta::barrier(Fiber& fiber, int id, int threads, bool arrive_only, const voi
       if (checked()) shadow_.replace(waiting->index, b.gathering.clock);
       wake(*waiting);
     }
+    ++progress_;
     b.gathering = {};
     b.waiting.clear();
     b.arrived = 0;

@@ -80,6 +80,7 @@ public:
   /// Changes whenever another thread of the CTA goes on. Signal handlers may ask.
   void set_overdue() { overdue_.store(true, std::memory_order_relaxed); }
   [[noreturn]] void fail_overdue(const void* place);
+  [[nodiscard]] unsigned long progress() const { return progress_.load(std::memory_order_relaxed); }
   [[nodiscard]] unsigned long switches() const { return switches_.load(std::memory_order_relaxed); }
   /// Where a fault at this address comes from, e.g. "thread 37 of block 0,1,0".
   [[nodiscard]] std::string describe_current() const;
@@ -89,6 +90,10 @@ private:
     unsigned ready = 0, arrived = 0;
     WarpOperation operation = WarpOperation::sync;
     void* arguments[32] = {};
+    const void* place = nullptr; ///< where its first lane called the operation
+    // The barrier that its lanes arrive at, all of them before any goes to another one.
+    int barrier = 0, at_barrier = 0;
+    const void* barrier_place = nullptr;
   };
   struct Barrier {
     int threads = 0;
@@ -114,6 +119,8 @@ private:
   bool prepare_shared();
   void start(std::size_t linear);
   void shuffle_warps();
+  [[nodiscard]] bool same_line(const void* a, const void* b);
+  void check_aligned(const Fiber& fiber, int barrier, const void* place);
   void issue_wgmma(Warpgroup& group, const void* place);
   void finish_wgmma(Warpgroup& group, int pending, const void* place);
   void finish_loads(const void* barrier);
@@ -142,7 +149,9 @@ private:
   unsigned long polls_ = 0; ///< tests of mbarriers since the last progress
   std::minstd_rand random_;
   std::atomic<unsigned long> switches_{0};
-  std::atomic<bool> overdue_{false}; ///< the watchdog has barked
+  std::atomic<unsigned long> progress_{0}; ///< barriers, phases and threads that have come to their end
+  std::atomic<bool> overdue_{false};       ///< the watchdog has barked
+  std::map<std::pair<const void*, const void*>, bool> same_line_; ///< what same_line has found
   Fiber* running_ = nullptr;
   void* main_stack_ = nullptr;
   int live_ = 0;

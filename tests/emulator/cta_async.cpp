@@ -27,6 +27,7 @@ void Cta::advance(void* barrier, Mbarrier& state) {
   if (state.gathering.clock != nullptr)
     state.completed = std::make_shared<const Clock>(*state.gathering.clock);
   polls_ = 0;
+  ++progress_;
   std::vector<Fiber*>& waiting = mbarrier_waiting_[barrier];
   for (const Fiber* fiber : waiting)
     wake(*fiber);

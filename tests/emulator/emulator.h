@@ -18,7 +18,8 @@ struct Options {
   /// Every access is checked: races, missing waits and proxy fences in shared memory, reads of what nobody
   /// wrote, global memory that two CTAs of a launch share. Several times slower.
   bool checked = false;
-  /// CPU time that one thread may run without a barrier or warp operation before the launch fails.
+  /// CPU time that one thread may run without a barrier or warp operation before the launch fails, and a
+  /// tenth of what a block may run without the end of a barrier or thread.
   double watchdog_seconds = 20;
 };
 

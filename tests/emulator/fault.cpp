@@ -22,11 +22,11 @@ std::array<struct sigaction, kSignals.size()> previous;
 /// The watchdog of a worker thread: ticks of its CPU time.
 struct Watch {
   const Job* job = nullptr;
-  unsigned long switches = 0;
-  int idle = 0; ///< ticks since then
+  unsigned long switches = 0, progress = 0;
+  int idle = 0, stuck = 0; ///< ticks since then
 };
 thread_local Watch watch;
-constexpr int kTicks = 4, kWatchSignal = SIGVTALRM;
+constexpr int kTicks = 4, kStuckTicks = 10 * kTicks, kWatchSignal = SIGVTALRM;
 
 std::string what(int signal, const siginfo_t& info, const ucontext_t& context) {
   if (signal == SIGILL) // __builtin_trap of -fsanitize=alignment,bounds
@@ -51,17 +51,16 @@ void handle(int signal, siginfo_t* info, void* raw) {
 
 void tick(int, siginfo_t*, void* raw) {
   if (guarded == nullptr) return;
-  if (const unsigned long now = guarded->switches(); now != watch.switches) {
-    watch.switches = now;
-    watch.idle = 0;
-    return;
-  }
+  const bool switched = guarded->switches() != watch.switches, moved = guarded->progress() != watch.progress;
+  watch.idle = switched ? 0 : watch.idle + 1;
+  watch.stuck = moved ? 0 : watch.stuck + 1;
+  watch.switches = guarded->switches();
+  watch.progress = guarded->progress();
+  if (watch.idle < kTicks && watch.stuck < kStuckTicks) return;
+  guarded->set_overdue();
   const auto* pc =
       reinterpret_cast<const char*>(static_cast<const ucontext_t*>(raw)->uc_mcontext.gregs[REG_RIP]);
-  // Elsewhere a lock may be held: the next tick, or the next access that is checked, may find the kernel
-  // itself.
-  if (++watch.idle < kTicks) return;
-  guarded->set_overdue();
+  // Elsewhere a lock may be held: the next switch, checked access or tick finds the kernel itself.
   if (pc >= watch.job->code && pc < watch.job->code_end) guarded->fail_overdue(pc + 1);
 }
 
@@ -135,7 +134,7 @@ FaultScope::FaultScope(Cta& cta, const Job& job) : stack_(std::size_t{128} << 10
   stack.ss_size = stack_.size();
   sigaltstack(&stack, nullptr);
   install();
-  watch = {&job, cta.switches(), 0};
+  watch = {&job, cta.switches(), cta.progress(), 0, 0};
   timer_ = start_timer(job.watchdog_seconds);
 }
 

@@ -127,6 +127,27 @@ TEST_CASE("a thread that loops without barriers is named, with the line") {
                Contains("an endless loop: thread 37 of block 0,0,0 ran for 0.2 s") && Contains("test.cu:4"));
     CHECK(error_of("for (int i = 0; i < 1000; ++i) sync_warp();", r) == "no error");
   }
+  r.options.watchdog_seconds = 0.05;
+  for (const char* turn : {"sync_warp();", "x = shuffle(x, 3);"})
+    CHECK_THAT(error_of(std::string("float x = 0.f; while (in[0] == 0.f)\n") + turn, r),
+               Contains("an endless loop: thread") && Contains("test.cu:2"));
+}
+
+TEST_CASE("lanes of a warp that meet in different lines are an error where the instruction is aligned") {
+  const Run r = threads(64, 1024, 1);
+  CHECK_THAT(error_of("if (lane < 16) sync_block();\nelse sync_block();", r),
+             Contains("the lanes of warp") && Contains("test.cu:1") && Contains("test.cu:2"));
+  CHECK_THAT(error_of("sync_named(lane < 16 ? 1 : 2, 32);", threads(32, 0, 0)),
+             Contains("is at barrier 2") && Contains("others at barrier 1"));
+  CHECK_THAT(error_of("u32 m[4];\nif (lane < 16) load_matrix_x4(m, shared + lane * 4);\n"
+                      "else load_matrix_x4(m, shared + lane * 4);",
+                      r),
+             Contains("diverge") && Contains("test.cu:2") && Contains("test.cu:3"));
+  // Warps may, and the lanes of shuffles may.
+  CHECK(
+      error_of("if (warp == 0) sync_block();\nelse sync_block();\nfloat x = 0.f;\n"
+               "if (lane < 16) x = shuffle(1.f, 0);\nelse x = shuffle(2.f, 0);\nif (thread == 0) out[0] = x;",
+               r) == "no error");
 }
 
 TEST_CASE("threads that name different sizes for a barrier are an error") {
