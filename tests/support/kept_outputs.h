@@ -1,5 +1,5 @@
 #pragma once
-// Outputs of three kernels on the emulator, kept in files so that a machine with a card and without a host
+// Outputs of some kernels on the emulator, kept in files so that a machine with a card and without a host
 // compiler can compare its own with them: test_kernels writes, test_gpu reads.
 #include "run_case.h"
 #include <cstdlib>
@@ -27,6 +27,7 @@ inline std::vector<KeptCase> kept_cases() {
   };
   add(Operation::recurrent, DType::fp32, "token sw=1 r=4 st=4");
   add(Operation::forward, DType::bf16, "chunk c=64 vt=64 pw=4 sw=4 st=2");
+  add(Operation::backward, DType::bf16, "chunk c=32 vt=64 pw=8 sw=4 st=2");
   add(Operation::gate, DType::bf16, "gate sw=4 r=8");
   return all;
 }
