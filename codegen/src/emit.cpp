@@ -96,8 +96,8 @@ Result<SourceUnit> emit(const Problem& p, const Variant& v, const Target& t) {
   if (const Status ok = add_includes(unit.main, seen, unit.files); !ok) return tl::unexpected(ok.error());
   std::sort(unit.files.begin(), unit.files.end(),
             [](const SourceFile& a, const SourceFile& b) { return a.name < b.name; });
-  unit.options = {fmt::format("--gpu-architecture={}", t.arch), "--std=c++20", "--minimal", "-default-device",
-                  "--extra-device-vectorization"};
+  unit.options = {fmt::format("--gpu-architecture={}", t.arch), "--std=c++20", "--minimal",
+                  "-default-device"};
   return unit;
 }
 

@@ -22,31 +22,35 @@ private:
 
 class CudaModule final : public Module {
 public:
-  CudaModule(std::shared_ptr<const CudaDriver> d, CudaDriver::Handle context, CudaDriver::Handle library)
-      : d_(std::move(d)), context_(context), library_(library) {}
+  CudaModule(std::shared_ptr<const CudaDriver> d, CudaDriver::Handle context)
+      : d_(std::move(d)), context_(context) {}
   ~CudaModule() override {
     const CurrentContext current(*d_, context_);
-    d_->library_unload(library_);
+    for (CudaDriver::Handle library : libraries_)
+      d_->library_unload(library);
   }
   CudaModule(const CudaModule&) = delete;
   CudaModule& operator=(const CudaModule&) = delete;
 
-  Status find_entries(const std::vector<std::string>& entries, CudaDriver::Device device, int max_shared) {
-    for (const std::string& entry : entries) {
-      CudaDriver::Handle kernel = nullptr, function = nullptr;
-      if (Status ok = d_->check(d_->library_kernel(&kernel, library_, entry.c_str()), "cuLibraryGetKernel");
-          !ok)
-        return ok;
-      // The limit is raised once, here: execute then only launches.
-      if (Status ok =
-              d_->check(d_->kernel_set_attribute(CudaDriver::kMaxDynamicShared, max_shared, kernel, device),
-                        "cuKernelSetAttribute");
-          !ok)
-        return ok;
-      if (Status ok = d_->check(d_->kernel_function(&function, kernel), "cuKernelGetFunction"); !ok)
-        return ok;
-      functions_.push_back(function);
-    }
+  /// `cubin` holds the kernel `entry`, the next one of Launch::entry.
+  Status add(const std::string& cubin, const std::string& entry, CudaDriver::Device device, int max_shared) {
+    CudaDriver::Handle library = nullptr, kernel = nullptr, function = nullptr;
+    if (Status ok =
+            d_->check(d_->library_load(&library, cubin.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+                      "cuLibraryLoadData");
+        !ok)
+      return ok;
+    libraries_.push_back(library);
+    if (Status ok = d_->check(d_->library_kernel(&kernel, library, entry.c_str()), "cuLibraryGetKernel"); !ok)
+      return ok;
+    // The limit is raised once, here: execute then only launches.
+    if (Status ok =
+            d_->check(d_->kernel_set_attribute(CudaDriver::kMaxDynamicShared, max_shared, kernel, device),
+                      "cuKernelSetAttribute");
+        !ok)
+      return ok;
+    if (Status ok = d_->check(d_->kernel_function(&function, kernel), "cuKernelGetFunction"); !ok) return ok;
+    functions_.push_back(function);
     return {};
   }
 
@@ -60,8 +64,8 @@ public:
 
 private:
   std::shared_ptr<const CudaDriver> d_;
-  CudaDriver::Handle context_, library_;
-  std::vector<CudaDriver::Handle> functions_;
+  CudaDriver::Handle context_;
+  std::vector<CudaDriver::Handle> libraries_, functions_;
 };
 
 class CudaBackend final : public Backend {
@@ -114,18 +118,19 @@ public:
   }
   [[nodiscard]] Result<std::shared_ptr<const Module>> load(const SourceUnit& unit,
                                                            const Image& image) const override {
-    const CurrentContext current(*d_, context_);
-    CudaDriver::Handle library = nullptr;
-    if (Status ok = d_->check(
-            d_->library_load(&library, image.bytes.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
-            "cuLibraryLoadData");
-        !ok)
+    const auto refused = [&](const std::string& why) {
       return fail(ErrorCode::load_failed,
-                  fmt::format("the driver refuses the image of {} for {}", unit.name, target_.arch),
-                  ok.error().message);
-    auto module = std::make_shared<CudaModule>(d_, context_, library);
-    if (Status ok = module->find_entries(unit.entries, device_, target_.max_shared_bytes); !ok)
-      return fail(ErrorCode::load_failed, ok.error().message);
+                  fmt::format("the driver refuses the image of {} for {}", unit.name, target_.arch), why);
+    };
+    const auto cubins = unpack_cubins(image.bytes);
+    if (!cubins) return refused(cubins.error().message);
+    if (cubins->size() != unit.entries.size())
+      return refused(fmt::format("it holds {} kernels of {}", cubins->size(), unit.entries.size()));
+    const CurrentContext current(*d_, context_);
+    auto module = std::make_shared<CudaModule>(d_, context_);
+    for (std::size_t i = 0; i < cubins->size(); ++i)
+      if (Status ok = module->add((*cubins)[i], unit.entries[i], device_, target_.max_shared_bytes); !ok)
+        return refused(ok.error().message);
     return std::shared_ptr<const Module>(std::move(module));
   }
 

@@ -10,7 +10,7 @@
 namespace kda {
 namespace {
 
-constexpr const char* kGeneratorVersion = "1"; // of the key's fields and of the entry's metadata
+constexpr const char* kGeneratorVersion = "2"; // of the key's fields, the metadata and the form of an image
 
 double milliseconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count();

@@ -2,8 +2,10 @@
 #include <array>
 #include <cctype>
 #include <charconv>
+#include <cstring>
 #include <dlfcn.h>
 #include <fmt/format.h>
+#include <future>
 
 namespace kda {
 
@@ -161,7 +163,58 @@ Result<std::shared_ptr<const Nvrtc>> Nvrtc::open(const std::optional<std::filesy
   return std::shared_ptr<const Nvrtc>(std::move(self));
 }
 
+std::string pack_cubins(const std::vector<std::string>& cubins) {
+  std::string image;
+  for (const std::string& cubin : cubins) {
+    const auto size = static_cast<std::uint64_t>(cubin.size());
+    image.append(reinterpret_cast<const char*>(&size), sizeof(size));
+    image += cubin;
+  }
+  return image;
+}
+
+Result<std::vector<std::string>> unpack_cubins(std::string_view image) {
+  std::vector<std::string> cubins;
+  while (!image.empty()) {
+    std::uint64_t size = 0;
+    if (image.size() >= sizeof(size)) std::memcpy(&size, image.data(), sizeof(size));
+    if (size == 0 || size > image.size() - sizeof(size))
+      return fail(ErrorCode::load_failed, "the image is no list of cubins");
+    cubins.emplace_back(image.substr(sizeof(size), size));
+    image.remove_prefix(sizeof(size) + size);
+  }
+  return cubins;
+}
+
 Result<Image> Nvrtc::compile(const SourceUnit& unit) const {
+  std::vector<std::future<Result<Image>>> parts;
+  for (const std::string& entry : unit.entries)
+    parts.push_back(std::async(unit.entries.size() > 1 ? std::launch::async : std::launch::deferred,
+                               [this, &unit, &entry] {
+                                 free_threads_.acquire();
+                                 Result<Image> part = compile_entry(unit, entry);
+                                 free_threads_.release();
+                                 return part;
+                               }));
+  Image image;
+  std::vector<std::string> cubins;
+  std::optional<Error> error;
+  for (auto& future : parts) {
+    Result<Image> part = future.get();
+    if (!part) {
+      if (!error) error = part.error();
+      continue;
+    }
+    cubins.push_back(std::move(part->bytes));
+    image.log += part->log;
+    image.kernels.insert(image.kernels.end(), part->kernels.begin(), part->kernels.end());
+  }
+  if (error) return tl::unexpected(*error);
+  image.bytes = pack_cubins(cubins);
+  return image;
+}
+
+Result<Image> Nvrtc::compile_entry(const SourceUnit& unit, const std::string& entry) const {
   std::vector<const char*> names, texts, options;
   for (const SourceFile& f : unit.files) {
     names.push_back(f.name.c_str());
@@ -171,11 +224,11 @@ Result<Image> Nvrtc::compile(const SourceUnit& unit) const {
     options.push_back(o.c_str());
   for (const char* extra : {"--ptxas-options=-v", "--ptxas-options=--warn-on-spills"})
     options.push_back(extra);
-  // The driver keeps a cache of its own, which would hide what a compile costs; ours replaces it. The kernels
-  // of a unit compile in threads, to the same code.
-  if (major_ >= 13)
-    for (const char* extra : {"--no-cache", "--split-compile=0"})
-      options.push_back(extra);
+  const std::string one = fmt::format("--define-macro=KDA_ONE_{}=1", entry);
+  options.push_back("--define-macro=KDA_ONE_KERNEL=1");
+  options.push_back(one.c_str());
+  // The driver keeps a cache of its own, which would hide what a compile costs; ours replaces it.
+  if (major_ >= 13) options.push_back("--no-cache");
 
   Functions::Program program = nullptr;
   int code = f_->create(&program, unit.main.c_str(), unit.name.c_str(), static_cast<int>(names.size()),

@@ -8,31 +8,43 @@
 #include "chunk_backward/gradients.cuh"
 #include "chunk_backward/scan.cuh"
 
+#if KDA_COMPILES(kda_schedule)
 KDA_KERNEL(256, 1) kda_schedule(KDA_GRID_CONSTANT kda::KernelArgs args) {
   using namespace kda;
   if constexpr (Config::varlen)
     write_chunk_offsets<256>(args, static_cast<int*>(args.workspace[0]),
                              reinterpret_cast<int*>(shared_memory()));
 }
+#endif
 
+#if KDA_COMPILES(kda_prepare)
 KDA_KERNEL(kda::kPrepareThreads, kda::prepare_ctas()) kda_prepare(KDA_GRID_CONSTANT kda::KernelArgs args) {
   kda::prepare_chunks(args);
 }
+#endif
 
+#if KDA_COMPILES(kda_backward_scan)
 KDA_KERNEL(kda::kScanThreads, 1) kda_backward_scan(KDA_GRID_CONSTANT kda::KernelArgs args) {
   kda::scan_chunks(args);
 }
+#endif
 
+#if KDA_COMPILES(kda_backward_gradients)
 KDA_KERNEL(kda::kGradientThreads, kda::gradient_ctas())
 kda_backward_gradients(KDA_GRID_CONSTANT kda::KernelArgs args) {
   kda::compute_gradients(args);
 }
+#endif
 
 /// One CTA a value head.
+#if KDA_COMPILES(kda_backward_reduce)
 KDA_KERNEL(kda::kReduceThreads, 1) kda_backward_reduce(KDA_GRID_CONSTANT kda::KernelArgs args) {
   kda::reduce_parameters(args);
 }
+#endif
 
+#if KDA_COMPILES(kda_backward_group)
 KDA_KERNEL(kda::kGroupThreads, 1) kda_backward_group(KDA_GRID_CONSTANT kda::KernelArgs args) {
   if constexpr (kda::Config::group > 1) kda::sum_group(args);
 }
+#endif

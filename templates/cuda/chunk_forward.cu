@@ -5,18 +5,24 @@
 #include "chunk/prepare.cuh"
 #include "chunk_forward/scan.cuh"
 
+#if KDA_COMPILES(kda_schedule)
 KDA_KERNEL(256, 1) kda_schedule(KDA_GRID_CONSTANT kda::KernelArgs args) {
   using namespace kda;
   if constexpr (Config::varlen)
     write_chunk_offsets<256>(args, static_cast<int*>(args.workspace[0]),
                              reinterpret_cast<int*>(shared_memory()));
 }
+#endif
 
+#if KDA_COMPILES(kda_forward_prepare)
 KDA_KERNEL(kda::kPrepareThreads, kda::prepare_ctas())
 kda_forward_prepare(KDA_GRID_CONSTANT kda::KernelArgs args) {
   kda::prepare_chunks(args);
 }
+#endif
 
+#if KDA_COMPILES(kda_forward_scan)
 KDA_KERNEL(kda::kScanThreads, 1) kda_forward_scan(KDA_GRID_CONSTANT kda::KernelArgs args) {
   kda::scan_chunks(args);
 }
+#endif

@@ -1,6 +1,7 @@
 // The gate alone: g -> natural-log decay in fp32, and back.
 #include "stages/gate_tile.cuh"
 
+#if KDA_COMPILES(kda_gate_forward)
 KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_gate_forward(KDA_GRID_CONSTANT kda::KernelArgs args) {
   using namespace kda;
   const Tile tile = find_tile(args);
@@ -17,12 +18,17 @@ KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_gate_forward(KDA_GRID_CONSTANT k
     store_row(row_of<float>(args.o, tile.batch, t, tile.value_head), tile.lane, x);
   }
 }
+#endif
 
+#if KDA_COMPILES(kda_gate_backward)
 KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_gate_backward(KDA_GRID_CONSTANT kda::KernelArgs args) {
   kda::gate_backward_tile(args, args.d_o);
 }
+#endif
 
 /// One CTA a value head.
+#if KDA_COMPILES(kda_gate_reduce)
 KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_gate_reduce(KDA_GRID_CONSTANT kda::KernelArgs args) {
   kda::gate_reduce_head(args);
 }
+#endif

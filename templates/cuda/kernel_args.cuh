@@ -3,6 +3,13 @@
 // the host. Strides are in elements. The last dimension (K, V) of q, k, v, g, o and their gradients is
 // contiguous.
 
+/// A template file may hold several kernels; one alone is compiled with KDA_ONE_KERNEL=1 and
+/// KDA_ONE_<name>=1.
+#ifndef KDA_ONE_KERNEL
+#define KDA_ONE_KERNEL 0
+#endif
+#define KDA_COMPILES(name) (!KDA_ONE_KERNEL || KDA_ONE_##name)
+
 namespace kda {
 
 /// A tensor [B, T, heads, dim] or, for beta, [B, T, heads].

@@ -401,14 +401,17 @@ KDA_DEVICE void finish_row(const KernelArgs& args, i64 row, int head, bool wante
 
 } // namespace kda
 
+#if KDA_COMPILES(kda_backward_scan)
 KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_backward_scan(KDA_GRID_CONSTANT kda::KernelArgs args) {
   using namespace kda;
   const i64 units = i64(args.sequences) * args.value_heads * kTiles;
   for (i64 unit = block_index_x(); unit < units; unit += grid_size_x())
     backward_unit(args, find_work(args, unit));
 }
+#endif
 
 /// Spread::rows rows of [B*T][H] a warp.
+#if KDA_COMPILES(kda_backward_finish)
 KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_backward_finish(KDA_GRID_CONSTANT kda::KernelArgs args) {
   using namespace kda;
   const i64 items = args.batch * args.tokens * args.heads;
@@ -421,15 +424,20 @@ KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_backward_finish(KDA_GRID_CONSTAN
   finish_row(args, row, static_cast<int>(at % args.heads), item < items, padding,
              lane_index() % Spread::lanes);
 }
+#endif
 
+#if KDA_COMPILES(kda_backward_gate)
 KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_backward_gate(KDA_GRID_CONSTANT kda::KernelArgs args) {
   using namespace kda;
   const TokenTensor d_gate{args.workspace[5], args.tokens * args.value_heads * Config::K,
                            i64(args.value_heads) * Config::K, Config::K};
   gate_backward_tile(args, d_gate);
 }
+#endif
 
 /// One CTA a value head.
+#if KDA_COMPILES(kda_backward_reduce)
 KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_backward_reduce(KDA_GRID_CONSTANT kda::KernelArgs args) {
   kda::gate_reduce_head(args);
 }
+#endif

@@ -177,9 +177,34 @@ TEST_CASE("an image precompiled for an architecture is what a device of that arc
   CHECK(here.origin == Origin::disk);
   CHECK(here.key == ahead.key);
   CHECK(here.registers == ahead.registers);
-  CHECK(loaded.substr(0, 4) == "\x7f"
-                               "ELF");
+  CHECK(unpack_cubins(loaded).value().front().substr(0, 4) == "\x7f"
+                                                              "ELF");
   CHECK(device->compiles == 0);
+}
+
+TEST_CASE("each kernel of a unit is a cubin of its own, with nothing but that kernel") {
+  const auto nvrtc = open_nvrtc();
+  if (nvrtc == nullptr) return;
+  const Target target = cuda_target("sm_90a").value();
+  const Problem p = production(Operation::forward);
+  const SourceUnit unit = emit(p, choose(p, target, {1, 8192, 1}).value(), target).value();
+  const Image image = nvrtc->compile(unit).value();
+  const std::vector<std::string> cubins = unpack_cubins(image.bytes).value();
+  REQUIRE(cubins.size() == unit.entries.size());
+  REQUIRE(image.kernels.size() == unit.entries.size());
+  for (std::size_t i = 0; i < cubins.size(); ++i) {
+    CHECK(image.kernels[i].entry == unit.entries[i]);
+    for (const std::string& entry : unit.entries)
+      CHECK((cubins[i].find(".text." + entry) != std::string::npos) == (entry == unit.entries[i]));
+  }
+}
+
+TEST_CASE("bytes that are no list of cubins are refused") {
+  const std::string image = pack_cubins({"first", "second one"});
+  CHECK(unpack_cubins(image).value() == std::vector<std::string>{"first", "second one"});
+  for (std::size_t size = 1; size < image.size(); ++size)
+    if (size != 8 + 5) CHECK_FALSE(unpack_cubins(image.substr(0, size)));
+  CHECK_FALSE(unpack_cubins("an image of yesterday, an ELF file"));
 }
 
 TEST_CASE("a fault in a kernel's source comes back annotated") {

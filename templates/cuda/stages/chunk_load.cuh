@@ -16,13 +16,16 @@ KDA_DEVICE void load_rows(Operand* tile, const TokenTensor& x, const ChunkSpan* 
   static_assert(sizeof(T) == 2);
   constexpr int padded = (dim + 15) / 16 * 16;
   constexpr int piece = dim % 8 == 0 ? 8 : 4; // elements: 16 or 8 bytes, what the rows are aligned to
-  constexpr int pieces = padded / piece;
+  constexpr int pieces = padded / piece, copies = Config::chunk * pieces;
 #pragma unroll
   for (int c = 0; c < chunks; ++c) {
     const ChunkSpan span = spans[c];
     const T* base = row_of<const T>(x, span.batch, span.first, head);
-#pragma unroll 4
-    for (int i = thread_index(); i < Config::chunk * pieces; i += threads) {
+    // Trips known to the compiler: an open end costs a fifth of kda_prepare's compile time.
+#pragma unroll
+    for (int n = 0; n < (copies + threads - 1) / threads; ++n) {
+      const int i = thread_index() + n * threads;
+      if (copies % threads != 0 && i >= copies) break;
       const int row = i / pieces, column = i % pieces * piece;
       const bool valid = row < span.rows && column < dim;
       const T* source = valid ? base + row * x.stride_token + column : base;
