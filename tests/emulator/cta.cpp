@@ -263,7 +263,7 @@ void Cta::fail(std::string text) {
 
 void Cta::fail_overdue(const void* place) {
   fail(fmt::format(
-      "an endless loop: {} ran for {:.1f} s without a barrier or warp operation, or its block ten times "
+      "an endless loop: {} ran for {:g} s without a barrier or warp operation, or its block ten times "
       "as long without an end of a barrier or thread, at {}",
       describe_current(), job_->watchdog_seconds, source_place(place)));
 }

@@ -133,7 +133,7 @@ TEST_CASE("a thread that loops without barriers is named, with the line") {
   }
   r.options.watchdog_seconds = 0.05;
   for (const char* turn : {"sync_warp();", "x = shuffle(x, 3);"})
-    CHECK_THAT(error_of(std::string("float x = 0.f; while (in[0] == 0.f)\n") + turn, r),
+    CHECK_THAT(error_of(std::string("float x = 0.f;\nwhile (in[0] == 0.f) ") + turn, r),
                Contains("an endless loop: thread") && Contains("test.cu:2"));
 }
 

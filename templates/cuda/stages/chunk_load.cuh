@@ -22,7 +22,8 @@ KDA_DEVICE void load_rows(Operand* tile, const TokenTensor& x, const ChunkSpan* 
     const ChunkSpan span = spans[c];
     const T* base = row_of<const T>(x, span.batch, span.first, head);
     // Trips known to the compiler: an open end costs a fifth of kda_prepare's compile time.
-#pragma unroll
+    // Two in flight where pieces are small: more spill the addresses of 16 trips.
+#pragma unroll(piece == 8 ? 4 : 2)
     for (int n = 0; n < (copies + threads - 1) / threads; ++n) {
       const int i = thread_index() + n * threads;
       if (copies % threads != 0 && i >= copies) break;
