@@ -61,6 +61,8 @@ Status read_fields(const nlohmann::json& object, ProblemOptions& o) {
       o.qk_l2norm = value.get<bool>();
     else if (key == "varlen")
       o.varlen = value.get<bool>();
+    else if (key == "state_pool")
+      o.state_pool = value.get<bool>();
     else
       return fail(ErrorCode::invalid_argument, fmt::format("unknown key '{}' in a problem", key));
   }
@@ -88,6 +90,7 @@ void ProblemOptions::add_to(CLI::App& app) {
   app.add_flag("--beta-times-two", beta_times_two, "2*sigmoid(beta)");
   app.add_flag("--qk-l2norm", qk_l2norm, "normalise q and k in the kernel");
   app.add_flag("--varlen", varlen, "packed sequences through cu_seqlens");
+  app.add_flag("--state-pool", state_pool, "recurrent: states lie in the slots of a pool");
   app.add_option("--batch", batch, "B")->capture_default_str();
   app.add_option("--tokens", tokens, "T of a batch row, or all tokens when packed")->capture_default_str();
   app.add_option("--sequences", sequences, "N when packed (default: B)");
@@ -117,6 +120,7 @@ Result<Problem> ProblemOptions::problem() const {
   p.beta_times_two = beta_times_two;
   p.qk_l2norm = qk_l2norm;
   p.varlen = varlen;
+  p.state_pool = state_pool;
   if (const Status ok = validate(p); !ok) return tl::unexpected(ok.error());
   return p;
 }
@@ -160,7 +164,7 @@ Result<std::vector<Problem>> model_problems(const std::string& name, int tensor_
   p.dt_bias = p.beta_sigmoid = p.qk_l2norm = true;
   p.state_layout = StateLayout::v_k;
   std::vector<Problem> problems;
-  // Prefill and training: packed and fixed batches; decode: one token a row, and packed.
+  // Prefill and training: packed and fixed batches; decode: one token a row, and packed, also from a pool.
   for (const Operation operation : {Operation::forward, Operation::recurrent, Operation::backward})
     for (const bool varlen : {false, true})
       for (const IndexType index : {IndexType::int32, IndexType::int64}) {
@@ -168,7 +172,10 @@ Result<std::vector<Problem>> model_problems(const std::string& name, int tensor_
         p.operation = operation;
         p.varlen = varlen;
         p.cu_seqlens_type = index;
-        problems.push_back(p);
+        for (const bool pool : {false, true}) {
+          p.state_pool = pool;
+          if (!pool || operation == Operation::recurrent) problems.push_back(p);
+        }
       }
   return problems;
 }

@@ -95,6 +95,7 @@ std::string to_string(const Problem& p) {
   if (p.dt_bias) s += " dt_bias";
   if (p.qk_l2norm) s += " l2norm";
   if (p.varlen) s += fmt::format(" varlen/{}", to_string(p.cu_seqlens_type));
+  if (p.state_pool) s += " pool";
   return s;
 }
 
@@ -119,6 +120,10 @@ Status validate(const Problem& p) {
   if (p.beta_times_two && !p.beta_sigmoid)
     return refuse(
         "beta_times_two doubles a sigmoid and needs beta_sigmoid; double an activated beta before the call");
+  if (p.state_pool && p.operation != Operation::recurrent)
+    return refuse(fmt::format("a state pool goes with the operation recurrent, not with {}; copy the states "
+                              "out of the pool and back",
+                              to_string(p.operation)));
   return {};
 }
 

@@ -17,11 +17,13 @@ OPERATIONS = ("forward", "backward", "recurrent", "gate", "gate_backward")
 DTYPES = ("bf16", "fp16", "fp32")
 INDEX_TYPES = ("int32", "int64")
 STATE_LAYOUTS = ("k_v", "v_k")
+PADDING_POLICIES = ("none", "negative", "zero", "both")
 GATES = ("log_e", "log2", "softplus", "bounded", "bounded_no_a")
 TUNE = ("off", "cached", "on", "force")
 TENSORS = ("q k v g beta A_log dt_bias initial_state o final_state d_o d_final_state d_q d_k d_v d_g d_beta d_A_log "
            "d_dt_bias d_initial_state").split()
-API_VERSION = 1
+TABLES = ("read_slots", "write_slots")
+API_VERSION = 2
 
 
 class KdaError(RuntimeError):
@@ -38,7 +40,7 @@ class _EngineOptions(C.Structure):
 
 
 _PROBLEM = ("operation heads value_heads key_dim value_dim dtype gate_dtype beta_dtype state_dtype state_layout gate dt_bias "
-            "beta_sigmoid beta_times_two qk_l2norm varlen cu_seqlens_type").split()
+            "beta_sigmoid beta_times_two qk_l2norm varlen cu_seqlens_type state_pool").split()
 
 
 class _Problem(C.Structure):
@@ -58,9 +60,14 @@ class _IndexTensor(C.Structure):
     _fields_ = [("data", C.c_void_p), ("dtype", C.c_int32), ("reserved", C.c_int32), ("size", C.c_int64)]
 
 
+class _IndexTable(C.Structure):
+    _fields_ = [("data", C.c_void_p), ("dtype", C.c_int32), ("rank", C.c_int32), ("shape", C.c_int64 * 2), ("stride", C.c_int64 * 2)]
+
+
 class _Args(C.Structure):
-    _fields_ = ([("struct_size", C.c_uint32), ("scale", C.c_float), ("lower_bound", C.c_float), ("reserved", C.c_uint32)] +
-                [(name, _Tensor) for name in TENSORS] + [("cu_seqlens", _IndexTensor)])
+    _fields_ = ([("struct_size", C.c_uint32), ("scale", C.c_float), ("lower_bound", C.c_float), ("padding", C.c_int32)] +
+                [(name, _Tensor) for name in TENSORS] + [("cu_seqlens", _IndexTensor)] + [(name, _IndexTable) for name in TABLES] +
+                [("slot_error", C.c_void_p)])
 
 
 def _load():
@@ -95,10 +102,29 @@ def _tensor(t):
     name = str(t.dtype)
     if name not in _TORCH_DTYPES:
         raise TypeError(f"dtype {name} is not supported; use bfloat16, float16 or float32")
+    if not any(t.stride()) and t.numel() > 1:  # all 0 means contiguous to the library
+        raise ValueError("a tensor that repeats one element (expand) must be made contiguous first")
     out.data, out.dtype, out.rank = t.data_ptr(), _TORCH_DTYPES[name], len(t.shape)
     for i, (size, stride) in enumerate(zip(t.shape, t.stride())):
         out.shape[i], out.stride[i] = size, stride
     return out
+
+
+_TORCH_INDEX_TYPES = {"torch.int32": 0, "torch.int64": 1}
+
+
+def _index_type(name, t):
+    if str(t.dtype) not in _TORCH_INDEX_TYPES:
+        raise TypeError(f"{name} is {t.dtype}; use int32 or int64")
+    return _TORCH_INDEX_TYPES[str(t.dtype)]
+
+
+def _table(name, t):
+    if t is None:
+        return _IndexTable()
+    if len(t.shape) not in (1, 2):
+        raise TypeError(f"{name} has {len(t.shape)} dimensions, expected 1 or 2")
+    return _IndexTable(t.data_ptr(), _index_type(name, t), len(t.shape), (C.c_int64 * 2)(*t.shape), (C.c_int64 * 2)(*t.stride()))
 
 
 class Engine:
@@ -154,16 +180,28 @@ class Kernel:
         _check(_lib.kda_kernel_workspace_bytes(self._handle, C.byref(_Sizes(*sizes)), C.byref(size)))
         return size.value
 
-    def bind(self, tensors, cu_seqlens=None, scale=0.0, lower_bound=-5.0):
-        """The C arguments of a call; keep the tensors alive as long as the result is used."""
+    def bind(self, tensors, cu_seqlens=None, scale=0.0, lower_bound=-5.0, padding="none", slot_error=None, **tables):
+        """The C arguments of a call; keep the tensors alive as long as the result is used. With a state pool: the tables
+        read_slots and write_slots (int32 or int64, any strides), a padding policy, and slot_error, one int32."""
         unknown = set(tensors) - set(TENSORS)
         if unknown:
             raise TypeError(f"unknown tensor {', '.join(sorted(unknown))}")
-        args = _Args(C.sizeof(_Args), scale, lower_bound)
+        unknown = set(tables) - set(TABLES)
+        if unknown:
+            raise TypeError(f"unknown option {', '.join(sorted(unknown))}")
+        args = _Args(C.sizeof(_Args), scale, lower_bound, PADDING_POLICIES.index(padding))
         for name, t in tensors.items():
             setattr(args, name, _tensor(t))
         if cu_seqlens is not None:
-            args.cu_seqlens = _IndexTensor(cu_seqlens.data_ptr(), 0 if "32" in str(cu_seqlens.dtype) else 1, 0, cu_seqlens.numel())
+            if cu_seqlens.numel() > 1 and cu_seqlens.stride() != (1,):
+                raise ValueError("cu_seqlens must be contiguous")
+            args.cu_seqlens = _IndexTensor(cu_seqlens.data_ptr(), _index_type("cu_seqlens", cu_seqlens), 0, cu_seqlens.numel())
+        for name, t in tables.items():
+            setattr(args, name, _table(name, t))
+        if slot_error is not None:
+            if str(slot_error.dtype) != "torch.int32" or slot_error.numel() < 1:
+                raise TypeError("slot_error must be one int32")
+            args.slot_error = slot_error.data_ptr()
         return args
 
     def launch(self, args, workspace_pointer, workspace_bytes, stream=0):

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define KDA_JIT_API_VERSION 1
+#define KDA_JIT_API_VERSION 2
 
 typedef enum kda_code {
   KDA_OK = 0,
@@ -53,6 +53,13 @@ typedef enum kda_tune_mode {
   KDA_TUNE_FORCE = 3
 } kda_tune_mode;
 
+typedef enum kda_padding_policy {
+  KDA_PADDING_NONE = 0,
+  KDA_PADDING_NEGATIVE = 1,
+  KDA_PADDING_ZERO = 2,
+  KDA_PADDING_BOTH = 3
+} kda_padding_policy;
+
 typedef struct kda_engine kda_engine;
 typedef struct kda_plan kda_plan;
 typedef struct kda_kernel kda_kernel;
@@ -73,6 +80,7 @@ typedef struct kda_problem {
   int32_t operation, heads, value_heads, key_dim, value_dim;
   int32_t dtype, gate_dtype, beta_dtype, state_dtype, state_layout;
   int32_t gate, dt_bias, beta_sigmoid, beta_times_two, qk_l2norm, varlen, cu_seqlens_type;
+  int32_t state_pool;
 } kda_problem;
 
 typedef struct kda_sizes {
@@ -91,15 +99,25 @@ typedef struct kda_index_tensor {
   int64_t size;
 } kda_index_tensor;
 
-/* The fields of kda::Args; shapes and dtypes are described there. */
+/* Whole numbers, [N]; strides are taken as they are. */
+typedef struct kda_index_table {
+  const void* data; /* NULL: absent */
+  int32_t dtype, rank;
+  int64_t shape[2], stride[2];
+} kda_index_table;
+
+/* The fields of kda::Args; shapes and dtypes, and what the slots of a state pool mean, are described there.
+ */
 typedef struct kda_args {
   uint32_t struct_size;
   float scale;       /* 0: K^-1/2 */
   float lower_bound; /* of the bounded gates */
-  uint32_t reserved;
+  int32_t padding;   /* kda_padding_policy, with a state pool */
   kda_tensor q, k, v, g, beta, A_log, dt_bias, initial_state, o, final_state;
   kda_tensor d_o, d_final_state, d_q, d_k, d_v, d_g, d_beta, d_A_log, d_dt_bias, d_initial_state;
   kda_index_tensor cu_seqlens;
+  kda_index_table read_slots, write_slots;
+  int32_t* slot_error;
 } kda_args;
 
 /* KDA_JIT_API_VERSION of the library. */

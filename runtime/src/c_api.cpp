@@ -89,6 +89,7 @@ Result<Problem> to_problem(const kda_problem& c) {
   p.qk_l2norm = c.qk_l2norm != 0;
   p.varlen = c.varlen != 0;
   p.cu_seqlens_type = static_cast<IndexType>(c.cu_seqlens_type);
+  p.state_pool = c.state_pool != 0;
   return p;
 }
 
@@ -96,11 +97,26 @@ Sizes to_sizes(const kda_sizes& c) {
   return {c.batch, c.tokens, c.sequences};
 }
 
-/// An unknown dtype stays out of the enumeration and is refused by the check against the problem.
+/// An unknown value stays out of the enumeration and is refused by the checks of the call.
+template <class E>
+E to_enum(int32_t value, E last) {
+  return static_cast<E>(in_range(value, last) ? value : 255);
+}
+
 Tensor to_tensor(const kda_tensor& c) {
   Tensor t;
   t.data = c.data;
-  t.dtype = static_cast<DType>(c.dtype);
+  t.dtype = to_enum(c.dtype, DType::fp32);
+  t.rank = c.rank;
+  std::memcpy(t.shape, c.shape, sizeof t.shape);
+  std::memcpy(t.stride, c.stride, sizeof t.stride);
+  return t;
+}
+
+IndexTable to_table(const kda_index_table& c) {
+  IndexTable t;
+  t.data = c.data;
+  t.dtype = to_enum(c.dtype, IndexType::int64);
   t.rank = c.rank;
   std::memcpy(t.shape, c.shape, sizeof t.shape);
   std::memcpy(t.stride, c.stride, sizeof t.stride);
@@ -131,7 +147,11 @@ Args to_args(const kda_args& c) {
                                                            {&c.d_initial_state, &a.d_initial_state}};
   for (const auto& [from, to] : tensors)
     *to = to_tensor(*from);
-  a.cu_seqlens = {c.cu_seqlens.data, static_cast<IndexType>(c.cu_seqlens.dtype), c.cu_seqlens.size};
+  a.cu_seqlens = {c.cu_seqlens.data, to_enum(c.cu_seqlens.dtype, IndexType::int64), c.cu_seqlens.size};
+  a.read_slots = to_table(c.read_slots);
+  a.write_slots = to_table(c.write_slots);
+  a.padding = to_enum(c.padding, PaddingPolicy::both);
+  a.slot_error = c.slot_error;
   a.scale = c.scale;
   a.lower_bound = c.lower_bound;
   return a;

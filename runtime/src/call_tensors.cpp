@@ -2,6 +2,7 @@
 #include "kda/case_io.h"
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <random>
 
 namespace kda {
@@ -17,6 +18,7 @@ CallTensors::~CallTensors() {
   for (const auto& [name, buffer] : buffers_)
     backend_->release(buffer.tensor.data);
   if (cu_data_ != nullptr) backend_->release(cu_data_);
+  if (slots_ != nullptr) backend_->release(slots_);
 }
 
 Status CallTensors::add(const std::string& name, Tensor& slot, DType dtype,
@@ -108,6 +110,8 @@ Status CallTensors::create(const Problem& p, const Sizes& s, std::uint64_t seed)
     if (x.wanted)
       if (Status ok = add(x.name, *x.slot, x.dtype, x.shape, x.output, x.state, x.mean, x.deviation); !ok)
         return ok;
+  if (p.state_pool)
+    if (Status ok = add_slots(); !ok) return ok;
   if (!p.varlen) return {};
   for (std::int64_t n = 0; n <= s.sequences; ++n)
     cu_seqlens_.push_back(s.tokens * n / std::max<std::int64_t>(s.sequences, 1));
@@ -120,6 +124,18 @@ Status CallTensors::create(const Problem& p, const Sizes& s, std::uint64_t seed)
   args_.cu_seqlens = {cu_data_, p.cu_seqlens_type, static_cast<std::int64_t>(cu_seqlens_.size())};
   return backend_->copy_to_device(cu_data_,
                                   wide ? static_cast<const void*>(cu_seqlens_.data()) : narrow.data(), bytes);
+}
+
+/// The state of sequence n in slot n.
+Status CallTensors::add_slots() {
+  std::vector<std::int32_t> slots(static_cast<std::size_t>(sizes_.sequences));
+  std::iota(slots.begin(), slots.end(), 0);
+  const std::size_t bytes = slots.size() * sizeof(std::int32_t);
+  const auto data = backend_->allocate(bytes);
+  if (!data) return tl::unexpected(data.error());
+  slots_ = *data;
+  args_.read_slots = args_.write_slots = contiguous_table(slots_, IndexType::int32, {sizes_.sequences});
+  return backend_->copy_to_device(slots_, slots.data(), bytes);
 }
 
 Status CallTensors::poison() const {

@@ -38,6 +38,7 @@ private:
   };
   Status add(const std::string& name, Tensor& slot, DType dtype, std::initializer_list<std::int64_t> shape,
              bool output, bool state, double mean, double deviation);
+  Status add_slots();
   [[nodiscard]] Result<reference::Array> read(const std::string& name) const;
 
   std::shared_ptr<const Backend> backend_;
@@ -46,7 +47,7 @@ private:
   Args args_;
   std::uint64_t seed_ = 0;
   std::vector<std::int64_t> cu_seqlens_;
-  void* cu_data_ = nullptr;
+  void *cu_data_ = nullptr, *slots_ = nullptr;
   std::map<std::string, Buffer> buffers_;
 };
 

@@ -64,6 +64,7 @@ public:
     fill_scalars();
     if (Status ok = inputs(); !ok) return ok;
     if (Status ok = parameters(); !ok) return ok;
+    if (Status ok = pool(); !ok) return ok;
     return p_.operation == Operation::backward || p_.operation == Operation::gate_backward ? gradients()
                                                                                            : outputs();
   }
@@ -150,8 +151,8 @@ private:
     if (t.data == nullptr) return {};
     const bool v_k = p_.state_layout == StateLayout::v_k;
     const std::int64_t rows = v_k ? p_.value_dim : p_.key_dim, columns = v_k ? p_.key_dim : p_.value_dim;
-    if (Status ok = check_tensor(name, t, p_.state_dtype, 4, {s_.sequences, p_.value_heads, rows, columns});
-        !ok)
+    const std::int64_t states = p_.state_pool ? t.shape[0] : s_.sequences;
+    if (Status ok = check_tensor(name, t, p_.state_dtype, 4, {states, p_.value_heads, rows, columns}); !ok)
       return ok;
     const Shape stride = strides_of(t);
     if (stride[3] != 1 || stride[2] != columns) return refuse(name, "must have a contiguous inner matrix");
@@ -159,6 +160,51 @@ private:
     if (Status ok = check_alignment(name, t.data, stride, 2, bytes, size_of(p_.state_dtype)); !ok) return ok;
     out = {t.data, stride[0], stride[1]};
     return {};
+  }
+  Status table(const char* name, const IndexTable& t, NumberTable& out) {
+    const bool wide = t.dtype == IndexType::int64;
+    if (!wide && t.dtype != IndexType::int32) return refuse(name, "must be int32 or int64");
+    if (t.rank != 1) return refuse(name, fmt::format("has rank {}, expected 1: [N]", t.rank));
+    if (t.shape[0] != s_.sequences)
+      return refuse(name,
+                    fmt::format("has {} elements, expected {}: one a sequence", t.shape[0], s_.sequences));
+    if (t.stride[0] == 0 && t.shape[0] > 1)
+      return refuse(name, "has stride 0: give every sequence a number of its own, and contiguous numbers "
+                          "stride 1");
+    if (reinterpret_cast<std::uintptr_t>(t.data) % (wide ? 8U : 4U) != 0)
+      return refuse(name, "is at an address that is not a multiple of its element size");
+    out = {t.data, t.stride[0], wide ? 1 : 0};
+    return {};
+  }
+  /// The slot numbers that go with `state`.
+  Status slots(const char* name, const IndexTable& t, const Tensor& state, NumberTable& out,
+               long long& pool) {
+    if (state.data == nullptr)
+      return t.data == nullptr ? Status{} : refuse(name, "is given without its states");
+    pool = state.shape[0];
+    if (t.data != nullptr) return table(name, t, out);
+    return s_.sequences == 0 ? Status{} : refuse(name, "is required by a state pool and absent");
+  }
+  Status pool() {
+    if (p_.state_pool) {
+      constexpr int kBits[] = {0, kSkipNegative, kSkipZero, kSkipNegative | kSkipZero};
+      if (a_.padding > PaddingPolicy::both)
+        return refuse("padding", "is not one of none, negative, zero and both");
+      if (reinterpret_cast<std::uintptr_t>(a_.slot_error) % 4 != 0)
+        return refuse("slot_error", "is at an address that is not a multiple of 4 bytes");
+      out_.padding = kBits[static_cast<int>(a_.padding)];
+      out_.slot_error = a_.slot_error;
+      if (Status ok = slots("read_slots", a_.read_slots, a_.initial_state, out_.read_slots, out_.read_pool);
+          !ok)
+        return ok;
+      return slots("write_slots", a_.write_slots, a_.final_state, out_.write_slots, out_.write_pool);
+    }
+    const char* const given = a_.read_slots.data != nullptr       ? "read_slots"
+                              : a_.write_slots.data != nullptr    ? "write_slots"
+                              : a_.padding != PaddingPolicy::none ? "padding"
+                              : a_.slot_error != nullptr          ? "slot_error"
+                                                                  : nullptr;
+    return given == nullptr ? Status{} : refuse(given, "is given, but the problem has no state pool");
   }
   template <class T>
   Status vector(const char* name, const Tensor& t, bool needed, bool per_channel, T*& out) {

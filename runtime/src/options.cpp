@@ -143,4 +143,15 @@ Tensor contiguous(void* data, DType dtype, std::initializer_list<std::int64_t> s
   return t;
 }
 
+IndexTable contiguous_table(const void* data, IndexType dtype, std::initializer_list<std::int64_t> shape) {
+  IndexTable t;
+  t.data = data;
+  t.dtype = dtype;
+  t.rank = static_cast<int>(shape.size());
+  std::copy(shape.begin(), shape.end(), t.shape);
+  t.stride[0] = t.rank == 2 ? t.shape[1] : 1;
+  t.stride[1] = t.rank == 2 ? 1 : 0;
+  return t;
+}
+
 } // namespace kda

@@ -19,6 +19,7 @@ struct Config {
   static constexpr bool varlen = false;
   static constexpr bool backward = false;  ///< the operation is backward
   static constexpr bool state_v_k = false; ///< state [V, K]
+  static constexpr bool pool = false;      ///< states lie in the slots of a pool
   // tunables
   static constexpr int chunk = 64, value_tile = 32, prepare_warps = 4, scan_warps = 4, rows = 4, stages = 2;
 };

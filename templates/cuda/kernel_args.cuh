@@ -22,6 +22,14 @@ struct StateTensor {
   void* data;
   long long stride_sequence, stride_head;
 };
+/// Whole numbers by sequence.
+struct NumberTable {
+  const void* data;
+  long long stride_sequence;
+  int wide; // 0: int32, 1: int64
+};
+/// Slot numbers that mean padding: bits of KernelArgs::padding.
+enum Padding { kSkipNegative = 1, kSkipZero = 2 };
 
 struct KernelArgs {
   TokenTensor q, k, v, g, beta, o;             // forward; gate: g in, o out (fp32 natural-log decay)
@@ -37,6 +45,12 @@ struct KernelArgs {
   int batch, sequences, heads, value_heads;
   float scale, lower_bound;
   void* workspace[24]; // slots of codegen's workspace_layout
+  // With a state pool: the slots that sequences read and write, null where initial_state and final_state are,
+  // and how many slots each has.
+  NumberTable read_slots, write_slots;
+  long long read_pool, write_pool;
+  int padding;     // bits of Padding
+  int* slot_error; // maximum with 1 + a refused sequence; may be null
 };
 
 } // namespace kda

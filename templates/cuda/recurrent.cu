@@ -6,6 +6,7 @@
 // reduction, u = beta (v - a), S = S' + k u, and o = b + (q.k) u, which needs no second reduction after the
 // update.
 #include "kernel_args.cuh"
+#include "primitives/vote.cuh"
 #include "stages/gate.cuh"
 #include "stages/token_load.cuh"
 
@@ -61,23 +62,63 @@ KDA_DEVICE Work find_work(const KernelArgs& args, i64 unit) {
 }
 
 /// Zeros this warp's rows of o.
-KDA_DEVICE void fill_padding(const KernelArgs& args, const Work& w) {
+KDA_DEVICE void zero_output(const KernelArgs& args, const Work& w) {
   const i64 first = w.row - w.part * kRows;
   for (i64 i = lane_index(); i < (w.end - w.begin) * Config::rows; i += 32) {
     const i64 row = first + i % Config::rows;
     if (row < Config::V)
-      row_of<Element>(args.o, 0, w.begin + i / Config::rows, w.value_head)[row] = from_float<Element>(0.f);
+      row_of<Element>(args.o, w.batch, w.begin + i / Config::rows, w.value_head)[row] =
+          from_float<Element>(0.f);
   }
 }
 
-KDA_DEVICE i64 state_offset(const StateTensor& state, const Work& w) {
-  return w.sequence * state.stride_sequence + w.value_head * state.stride_head;
+/// Which states of the two tensors a sequence reads and writes.
+struct Places {
+  i64 read, write; ///< write: kNowhere when nothing is kept
+  bool runs;       ///< false: padding or refused, o is 0 and no state is touched
+};
+constexpr i64 kNowhere = -1;
+
+KDA_DEVICE bool is_padding(const KernelArgs& args, i64 slot) {
+  return ((args.padding & kSkipNegative) != 0 && slot < 0) || ((args.padding & kSkipZero) != 0 && slot == 0);
+}
+KDA_DEVICE i64 number_of(const NumberTable& table, i64 sequence) {
+  const i64 at = sequence * table.stride_sequence;
+  return table.wide != 0 ? static_cast<const i64*>(table.data)[at] : static_cast<const int*>(table.data)[at];
+}
+KDA_DEVICE bool outside(i64 slot, i64 slots) {
+  return static_cast<u64>(slot) >= static_cast<u64>(slots);
 }
 
-KDA_DEVICE void load_state(const StateTensor& tensor, const Work& w, float (&state)[kRows][kChannels]) {
+KDA_DEVICE Places find_places(const KernelArgs& args, const Work& w) {
+  if constexpr (Config::pool) {
+    const bool reads = args.initial_state.data != nullptr, writes = args.final_state.data != nullptr;
+    const i64 read = reads ? number_of(args.read_slots, w.sequence) : kNowhere;
+    const i64 write = writes ? number_of(args.write_slots, w.sequence) : kNowhere;
+    if ((reads && is_padding(args, read)) || (!reads && writes && is_padding(args, write)))
+      return {0, kNowhere, false};
+    const bool keeps = writes && !is_padding(args, write);
+    if ((reads && outside(read, args.read_pool)) || (keeps && outside(write, args.write_pool))) {
+      const bool reports = w.value_head == 0 && w.row == 0 && lane_index() == 0; // one of all its warps
+      if (reports && args.slot_error != nullptr)
+        atomic_max(args.slot_error, static_cast<int>(w.sequence) + 1);
+      return {0, kNowhere, false};
+    }
+    return {read, keeps ? write : kNowhere, true};
+  } else {
+    return {w.sequence, w.sequence, true};
+  }
+}
+
+KDA_DEVICE i64 state_offset(const StateTensor& state, i64 place, const Work& w) {
+  return place * state.stride_sequence + w.value_head * state.stride_head;
+}
+
+KDA_DEVICE void load_state(const StateTensor& tensor, i64 place, const Work& w,
+                           float (&state)[kRows][kChannels]) {
   const State* base = static_cast<const State*>(tensor.data);
   const bool present = base != nullptr;
-  if (present) base += state_offset(tensor, w);
+  if (present) base += state_offset(tensor, place, w);
 #pragma unroll
   for (int j = 0; j < Spread::groups; ++j) {
     const int channel = Spread::channel(w.lane, j);
@@ -110,10 +151,10 @@ KDA_DEVICE void load_state(const StateTensor& tensor, const Work& w, float (&sta
   }
 }
 
-KDA_DEVICE void store_state(const StateTensor& tensor, const Work& w,
+KDA_DEVICE void store_state(const StateTensor& tensor, i64 place, const Work& w,
                             const float (&state)[kRows][kChannels]) {
-  if (tensor.data == nullptr) return;
-  State* base = static_cast<State*>(tensor.data) + state_offset(tensor, w);
+  if (tensor.data == nullptr || place == kNowhere) return;
+  State* base = static_cast<State*>(tensor.data) + state_offset(tensor, place, w);
 #pragma unroll
   for (int j = 0; j < Spread::groups; ++j) {
     if (!Spread::valid(w.lane, j)) continue;
@@ -330,9 +371,11 @@ KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_recurrent(KDA_GRID_CONSTANT kda:
   const i64 units = (args.sequences + (Config::varlen ? 1LL : 0LL)) * args.value_heads * kTiles;
   if (unit >= units) return;
   const Work w = find_work(args, unit);
-  if (w.sequence == args.sequences) return fill_padding(args, w);
+  if (w.sequence == args.sequences) return zero_output(args, w);
+  const Places places = find_places(args, w);
+  if (!places.runs) return zero_output(args, w);
   float state[kRows][kChannels];
-  load_state(args.initial_state, w, state);
+  load_state(args.initial_state, places.read, w, state);
   // Keeps ptxas from moving the long state loads behind the token's arithmetic.
   sync_warp();
   const Head head = load_head(args, w);
@@ -340,5 +383,5 @@ KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_recurrent(KDA_GRID_CONSTANT kda:
     scan_pipelined(args, w, head, state);
   else
     scan_plain(args, w, head, state);
-  store_state(args.final_state, w, state);
+  store_state(args.final_state, places.write, w, state);
 }

@@ -25,6 +25,16 @@ TEST_CASE("validate accepts the production problem and refuses what no kernel su
   refused([](Problem& x) { x.heads = 0; }, "heads");
   refused([](Problem& x) { x.dt_bias = true; }, "activated gate");
   refused([](Problem& x) { x.beta_times_two = true; }, "beta_sigmoid");
+  refused([](Problem& x) { x.state_pool = true; }, "recurrent");
+}
+
+TEST_CASE("a state pool is part of the problem's line only where there is one") {
+  Problem p;
+  p.operation = Operation::recurrent;
+  CHECK_THAT(to_string(p), !Catch::Matchers::Contains("pool"));
+  p.state_pool = true;
+  CHECK(validate(p).has_value());
+  CHECK_THAT(to_string(p), Catch::Matchers::EndsWith(" pool"));
 }
 
 TEST_CASE("a variant prints to one line and parses back") {

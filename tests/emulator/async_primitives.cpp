@@ -241,15 +241,19 @@ TEST_CASE("stmatrix undoes ldmatrix, movmatrix transposes, votes and atomics add
   if (lane == 0) shared[0] = 0.f;
   sync_warp();
   atomic_add(shared, 2.f);
+  int* const most = reinterpret_cast<int*>(shared + 1);
+  if (lane == 0) *most = 7;
   sync_warp();
-  out[32 + lane] = shared[0];)";
+  atomic_max(most, lane % 20);
+  sync_warp();
+  out[32 + lane] = shared[0] + *most;)";
   Run r;
   r.shared_bytes = 1536;
   r.outputs = 64;
   const std::vector<float> out = good(body, r);
   for (int lane = 0; lane < 32; ++lane) {
     CHECK(out[lane] == 1);
-    CHECK(out[32 + lane] == 64);
+    CHECK(out[32 + lane] == 64 + 19);
   }
 }
 
@@ -299,6 +303,7 @@ TEST_CASE("the same kernels compile for sm_90a") {
   store_matrix_x4(shared, a);
   store_matrix_x4_transposed(shared, a);
   out[lane] = atomic_add(out, static_cast<float>(transpose_matrix(m)));
+  atomic_max(reinterpret_cast<int*>(out), 1);
   arrive_named(1, 64);)";
   for (const std::string& body : {tma_wgmma(64, "b128"), many}) {
     SourceUnit unit = kernel_text(body);

@@ -66,6 +66,15 @@ float atomic_add_float(float* to, float value) {
     sum = old + value;
   return old;
 }
+int atomic_max(int* to, int value) {
+  Fiber& fiber = current_fiber();
+  fiber.cta->access(fiber, to, sizeof value, Access::atomic, __builtin_return_address(0));
+  int old = __atomic_load_n(to, __ATOMIC_RELAXED);
+  while (old < value &&
+         !__atomic_compare_exchange_n(to, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
+}
 void copy(void* shared, const void* global, int bytes, bool valid) {
   Fiber& fiber = current_fiber();
   fiber.cta->copy(fiber, {shared, global, bytes, valid, fiber.groups}, __builtin_return_address(0));
@@ -101,13 +110,9 @@ void complete(const PendingCopy& copy) {
 
 } // namespace
 
-const Services kServices{collective,  barrier,
-                         copy,        commit,
-                         wait,        group,
-                         mbarrier,    bulk,
-                         bulk_commit, bulk_wait,
-                         atomic_add,  atomic_add_float,
-                         fence_proxy, fence_mbarrier_init,
+const Services kServices{collective, barrier,          copy,       commit,      wait,
+                         group,      mbarrier,         bulk,       bulk_commit, bulk_wait,
+                         atomic_add, atomic_add_float, atomic_max, fence_proxy, fence_mbarrier_init,
                          access};
 
 Cta::~Cta() {

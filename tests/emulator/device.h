@@ -89,6 +89,7 @@ struct Services {
   void (*bulk_wait)(int pending);
   unsigned (*atomic_add)(unsigned* to, unsigned value);
   float (*atomic_add_float)(float* to, float value);
+  int (*atomic_max)(int* to, int value);
   void (*fence_proxy)();
   void (*fence_mbarrier_init)();
   /// A load or store of the kernel; only objects that were compiled to be checked call it.

@@ -269,3 +269,80 @@ TEST_CASE("sizes that a problem cannot have are refused") {
   CHECK(check_sizes(p, {1, 100, 0}));
   CHECK_FALSE(check_sizes(p, {2, 100, 2}));
 }
+
+namespace {
+
+/// The same call on a pool of 7 slots, sequences in slots that stand in every second element of a table.
+void put_into_pool(Call& c) {
+  alignas(8) static const std::array<std::int32_t, 6> table{};
+  alignas(4) static std::int32_t word = 0;
+  c.problem.state_pool = true;
+  c.args.padding = PaddingPolicy::negative;
+  c.args.initial_state = c.args.final_state = Call::tensor(DType::fp32, {7, 4, 64, 32});
+  c.args.read_slots = c.args.write_slots = contiguous_table(table.data(), IndexType::int32, {3});
+  c.args.read_slots.stride[0] = 2;
+  c.args.slot_error = &word;
+}
+
+} // namespace
+
+TEST_CASE("a state pool: slots and strides reach the kernel, and every fault has its sentence") {
+  Call call(Operation::recurrent);
+  put_into_pool(call);
+  call.args.initial_state.stride[0] = std::int64_t{1} << 33; // 64-bit, with gaps
+  call.args.initial_state.stride[1] = 64 * 32;
+  call.args.initial_state.stride[2] = 32;
+  call.args.initial_state.stride[3] = 1;
+  REQUIRE(call.check());
+  CHECK(call.out.initial_state.stride_sequence == std::int64_t{1} << 33);
+  CHECK(call.out.read_slots.data == call.args.read_slots.data);
+  CHECK(call.out.read_slots.stride_sequence == 2);
+  CHECK(call.out.read_slots.wide == 0);
+  CHECK(call.out.read_pool == 7);
+  CHECK(call.out.write_slots.stride_sequence == 1);
+  CHECK(call.out.padding == kSkipNegative);
+  CHECK(call.out.slot_error == call.args.slot_error);
+
+  const std::pair<std::function<void(Call&)>, const char*> faults[] = {
+      {[](Call& c) { c.args.read_slots = {}; }, "read_slots is required by a state pool"},
+      {[](Call& c) { c.args.write_slots = {}; }, "write_slots is required by a state pool"},
+      {[](Call& c) { c.args.initial_state = {}; }, "read_slots is given without its states"},
+      {[](Call& c) { c.args.read_slots.dtype = static_cast<IndexType>(7); }, "must be int32 or int64"},
+      {[](Call& c) { c.args.write_slots.shape[0] = 4; }, "has 4 elements, expected 3"},
+      {[](Call& c) { c.args.write_slots.rank = 2; }, "write_slots has rank 2, expected 1"},
+      {[](Call& c) { c.args.write_slots.stride[0] = 0; }, "write_slots has stride 0"},
+      {[](Call& c) { c.args.padding = static_cast<PaddingPolicy>(9); }, "padding is not one of"},
+      {[](Call& c) {
+         c.args.read_slots.data = moved(const_cast<void*>(c.args.read_slots.data), 4);
+         c.args.read_slots.dtype = IndexType::int64;
+       },
+       "read_slots is at an address"},
+      {[](Call& c) { c.args.final_state.shape[1] = 3; }, "expected 4"},
+      {[](Call& c) { c.args.slot_error = static_cast<std::int32_t*>(moved(c.args.slot_error, 2)); },
+       "slot_error is at an address"},
+      {[](Call& c) {
+         c.problem.state_pool = false;
+         c.args.initial_state = c.args.final_state = Call::tensor(DType::fp32, {3, 4, 64, 32});
+       },
+       "the problem has no state pool"}};
+  for (const auto& [plant, sentence] : faults) {
+    Call faulty(Operation::recurrent);
+    put_into_pool(faulty);
+    REQUIRE(faulty.check());
+    plant(faulty);
+    const Status status = faulty.check();
+    REQUIRE_FALSE(status);
+    CHECK_THAT(status.error().message, Catch::Matchers::Contains(sentence));
+  }
+}
+
+TEST_CASE("one sequence may have any stride in its slot table") {
+  Call call(Operation::recurrent);
+  put_into_pool(call);
+  call.cu_seqlens = {0, 9, 0, 0};
+  call.args.cu_seqlens.size = 2;
+  call.args.read_slots.shape[0] = call.args.write_slots.shape[0] = 1;
+  call.args.read_slots.stride[0] = 0;
+  call.args.write_slots.stride[0] = -5;
+  CHECK(call.check());
+}

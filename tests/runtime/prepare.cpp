@@ -112,7 +112,8 @@ TEST_CASE("whatever the text of a kernel depends on changes its key") {
       {"beta", [](Problem& x) { x.beta_sigmoid = true; }},
       {"norm", [](Problem& x) { x.qk_l2norm = true; }},
       {"varlen", [](Problem& x) { x.varlen = true; }},
-      {"index", [](Problem& x) { x.cu_seqlens_type = IndexType::int32; }}};
+      {"index", [](Problem& x) { x.cu_seqlens_type = IndexType::int32; }},
+      {"pool", [](Problem& x) { x.state_pool = true; }}};
   std::vector<std::string> keys{base};
   for (const auto& [name, change] : changes) {
     INFO(name);

@@ -45,6 +45,7 @@ struct Problem {
   bool qk_l2norm = false;      ///< x * rsqrt(sum x^2 + 1e-6) on q and k
   bool varlen = false;         ///< packed sequences through cu_seqlens; the batch is then 1
   IndexType cu_seqlens_type = IndexType::int64;
+  bool state_pool = false; ///< recurrent only: states lie in the slots of a pool, which Args describes
 
   bool operator==(const Problem&) const = default;
 };

@@ -58,24 +58,93 @@ private:
     valid_ = ir_.select(ir_.compare("icmp slt", left, i64(columns_)), left, i64(columns_));
     if (!p_.varlen) {
       batch_ = sequence_;
-      return run_sequence(i64(0), field("i64", offsetof(KernelArgs, tokens)));
+      return run_in_place(i64(0), field("i64", offsetof(KernelArgs, tokens)));
     }
     // The sequence after the last one is the padding behind the packed tokens.
     batch_ = i64(0);
     const Value begin = boundary(sequence_);
     const Value real = ir_.compare("icmp slt", sequence_, count(offsetof(KernelArgs, sequences)));
     ir_.branch(
-        real, [&] { run_sequence(begin, boundary(ir_.add(sequence_, i64(1)))); },
-        [&] { fill_padding(begin, field("i64", offsetof(KernelArgs, tokens))); });
+        real, [&] { run_in_place(begin, boundary(ir_.add(sequence_, i64(1)))); },
+        [&] { zero_output(begin, field("i64", offsetof(KernelArgs, tokens))); });
   }
 
   Value output_row(const Rows& o, const Value& t) { return ir_.at(row(o, t), o.element, column_); }
 
-  void fill_padding(const Value& begin, const Value& end) {
+  void zero_output(const Value& begin, const Value& end) {
     const Rows o = rows(offsetof(KernelArgs, o), p_.dtype, head_);
     zero(o_, columns_);
     ir_.loop(begin, end, 1,
              [&](const Value& t) { host::store_row(ir_, p_.dtype, o_, output_row(o, t), valid_); });
+  }
+
+  // --- the state pool --------------------------------------------------------------------------------------
+  Value is_present(std::size_t offset) {
+    return ir_.compare("icmp ne", field("ptr", offset), {"ptr", "null"});
+  }
+  Value both(const Value& a, const Value& b) { return ir_.op("and", a, b); }
+  Value either(const Value& a, const Value& b) { return ir_.op("or", a, b); }
+  Value is_padding(const Value& slot) {
+    const Value policy = count(offsetof(KernelArgs, padding));
+    const auto skips = [&](Padding bit) {
+      return ir_.compare("icmp ne", ir_.op("and", policy, i64(bit)), i64(0));
+    };
+    return either(both(skips(kSkipNegative), ir_.compare("icmp slt", slot, i64(0))),
+                  both(skips(kSkipZero), ir_.compare("icmp eq", slot, i64(0))));
+  }
+  /// This sequence's number, or kNowhere without a table.
+  Value number(std::size_t table, const Value& present) {
+    const Value wide = ir_.compare("icmp ne", count(table + offsetof(NumberTable, wide)), i64(0));
+    // Without a table some words that are there are read, and not used.
+    const Value data = ir_.select(present, field("ptr", table + offsetof(NumberTable, data)), o_);
+    Value words = ir_.mul(sequence_, field("i64", table + offsetof(NumberTable, stride_sequence)));
+    words = ir_.select(present, ir_.select(wide, ir_.add(words, words), words), i64(0));
+    const auto word = [&](const Value& at) { return ir_.load("i32", ir_.at(data, "i32", at), 4); };
+    const Value low = word(words), high = word(ir_.select(wide, ir_.add(words, i64(1)), words));
+    const Value both_words =
+        ir_.op("or", ir_.op("shl", ir_.cast("zext", high, "i64"), i64(32)), ir_.cast("zext", low, "i64"));
+    return ir_.select(present, ir_.select(wide, both_words, ir_.cast("sext", low, "i64")), i64(kNowhere));
+  }
+  Value outside(const Value& slot, std::size_t slots) {
+    return ir_.compare("icmp uge", slot, field("i64", slots));
+  }
+
+  /// Finds where the states lie, and runs the sequence unless it is padding or refused: find_places of
+  /// recurrent.cu.
+  void run_in_place(const Value& begin, const Value& end) {
+    read_ = write_ = sequence_;
+    if (!p_.state_pool) return run_sequence(begin, end);
+    constexpr std::size_t kRead = offsetof(KernelArgs, read_slots),
+                          kWrite = offsetof(KernelArgs, write_slots);
+    const Value reads = is_present(offsetof(KernelArgs, initial_state)),
+                writes = is_present(offsetof(KernelArgs, final_state));
+    read_ = number(kRead, reads);
+    const Value write = number(kWrite, writes), skipped = is_padding(write);
+    const Value padding = ir_.select(reads, is_padding(read_), both(writes, skipped));
+    const Value keeps = both(writes, ir_.op("xor", skipped, {"i1", "true"}));
+    const Value refused = either(both(reads, outside(read_, offsetof(KernelArgs, read_pool))),
+                                 both(keeps, outside(write, offsetof(KernelArgs, write_pool))));
+    write_ = ir_.select(keeps, write, i64(kNowhere));
+    ir_.branch(
+        either(padding, refused),
+        [&] {
+          zero_output(begin, end);
+          ir_.branch(
+              padding, [] {}, [&] { report(); });
+        },
+        [&] { run_sequence(begin, end); });
+  }
+  /// One of the items of a refused sequence raises the error word.
+  void report() {
+    const Value word = field("ptr", offsetof(KernelArgs, slot_error));
+    const Value first = ir_.compare("icmp eq", ir_.add(head_, column_), i64(0));
+    ir_.branch(
+        both(first, ir_.compare("icmp ne", word, {"ptr", "null"})),
+        [&] {
+          const Value number = ir_.cast("trunc", ir_.add(sequence_, i64(1)), "i32");
+          ir_.emit("i32", fmt::format("atomicrmw max ptr {}, i32 {} monotonic", word.name, number.name));
+        },
+        [] {});
   }
 
   void run_sequence(const Value& begin, const Value& end) {
@@ -94,13 +163,16 @@ private:
   }
 
   // --- states ----------------------------------------------------------------------------------------------
-  /// Calls `body` with this head's matrix when the tensor is present.
-  void with_state(std::size_t offset, const std::function<void(const Value& matrix)>& body) {
+  /// Calls `body` with this head's matrix when the tensor is present and `place` is one of its states.
+  void with_state(std::size_t offset, const Value& place,
+                  const std::function<void(const Value& matrix)>& body) {
     const Value data = field("ptr", offset);
+    Value wanted = is_present(offset);
+    if (p_.state_pool) wanted = both(wanted, ir_.compare("icmp ne", place, i64(kNowhere)));
     ir_.branch(
-        ir_.compare("icmp ne", data, {"ptr", "null"}),
+        wanted,
         [&] {
-          const Value n = ir_.mul(sequence_, field("i64", offset + offsetof(StateTensor, stride_sequence)));
+          const Value n = ir_.mul(place, field("i64", offset + offsetof(StateTensor, stride_sequence)));
           const Value h = ir_.mul(head_, field("i64", offset + offsetof(StateTensor, stride_head)));
           body(ir_.at(data, host::element_type(p_.state_dtype), ir_.add(n, h)));
         },
@@ -131,7 +203,7 @@ private:
 
   void load_state() {
     zero(state_, static_cast<std::int64_t>(p_.key_dim) * columns_);
-    with_state(offsetof(KernelArgs, initial_state), [&](const Value& matrix) {
+    with_state(offsetof(KernelArgs, initial_state), read_, [&](const Value& matrix) {
       if (p_.state_layout == StateLayout::v_k)
         return transpose(matrix, [&](const Value& there, const Value& here) {
           ir_.store(host::load_element(ir_, p_.state_dtype, there), here, 4);
@@ -144,7 +216,7 @@ private:
 
   /// `k`: the keys of the last token, whose update is still due.
   void store_state(const Value& k) {
-    with_state(offsetof(KernelArgs, final_state), [&](const Value& matrix) {
+    with_state(offsetof(KernelArgs, final_state), write_, [&](const Value& matrix) {
       ir_.loop(i64(0), i64(p_.key_dim), 1, [&](const Value& d) {
         const Value key = ir_.splat(ir_.load("float", ir_.at(k, "float", d), 4), width_);
         ir_.loop(i64(0), i64(columns_), width_, [&](const Value& c) {
@@ -269,9 +341,11 @@ private:
     }
   }
 
+  static constexpr int kNowhere = -1; ///< no slot
   int columns_, slices_;
   Value state_, q_, gate_, bias_, keys_[2], v_, u_, o_; // scratch
   Value sequence_, batch_, head_, column_, valid_;      // of the item
+  Value read_, write_;                                  // of the sequence: its states in the two tensors
   Value a_, bound_, scale_;                             // of the head
   Rows q_rows_, k_rows_, v_rows_, o_rows_, g_rows_, beta_rows_;
 };

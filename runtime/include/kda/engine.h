@@ -47,6 +47,19 @@ struct IndexTensor {
   IndexType dtype = IndexType::int64;
   std::int64_t size = 0; ///< N+1
 };
+/// Whole numbers by sequence, [N]. Strides are in elements and taken as they are: a 0 is refused where there
+/// is more than one element.
+struct IndexTable {
+  const void* data = nullptr; ///< on the kernel's device, never read back
+  IndexType dtype = IndexType::int32;
+  int rank = 1;
+  std::int64_t shape[2] = {0, 0};
+  std::int64_t stride[2] = {0, 0};
+};
+[[nodiscard]] IndexTable contiguous_table(const void* data, IndexType dtype,
+                                          std::initializer_list<std::int64_t> shape);
+/// Which slot numbers mean "this row is padding" and not a slot.
+enum class PaddingPolicy : std::uint8_t { none, negative, zero, both };
 
 /// The tensors of a call. Absent optional ones keep data == nullptr.
 ///   q, k [B,T,H,K]; v, o [B,T,HV,V]; g [B,T,HV,K]; beta [B,T,HV]; states [N,HV,K,V] or [N,HV,V,K];
@@ -54,12 +67,30 @@ struct IndexTensor {
 ///   of their input; d_A_log, d_dt_bias, d_initial_state and d_final_state are fp32 / the state's dtype and
 ///   layout. gate: g -> o, fp32 [B,T,HV,K] natural-log decay; gate_backward: d_o (fp32, of that shape) ->
 ///   d_g, d_A_log, d_dt_bias.
+///
+/// With a state pool (Problem::state_pool), initial_state and final_state are pools [slots,HV,K,V] or
+/// [slots,HV,V,K]: the same memory (in place) or two. Sequence n starts from slot read_slots[n] of
+/// initial_state (from zero where that is absent) and leaves its state in slot write_slots[n] of final_state
+/// (nowhere where that is absent). stride[0], the distance of two slots, is 64-bit and may leave gaps. The
+/// numbers are read by the kernel, so that a replayed CUDA graph sees what they hold then.
+///   * Padding: a sequence whose read slot is skipped by the padding policy (its write slot where there is no
+///     initial_state) gets o = 0 and touches no slot. Where only the write slot is skipped, o is computed and
+///     the state is not kept.
+///   * Refused: a slot number that is not skipped and not in [0, slots) gives o = 0, touches no slot and
+///     raises slot_error to 1 + n where it is less; with several the largest n stays. Zero it before the
+///     call.
+///   * A sequence without tokens copies its state from the one slot to the other.
+///   * Sequences of one call must not write the same slot, nor one the slot that another reads.
 struct Args {
   Tensor q, k, v, g, beta, A_log, dt_bias, initial_state, o, final_state;
   Tensor d_o, d_final_state, d_q, d_k, d_v, d_g, d_beta, d_A_log, d_dt_bias, d_initial_state;
   IndexTensor cu_seqlens;
-  float scale = 0;        ///< 0: K^-1/2
-  float lower_bound = -5; ///< of the bounded gates
+  // With a state pool only:
+  IndexTable read_slots, write_slots; ///< given where initial_state and final_state are
+  PaddingPolicy padding = PaddingPolicy::none;
+  std::int32_t* slot_error = nullptr; ///< one word on the kernel's device; null: nobody looks
+  float scale = 0;                    ///< 0: K^-1/2
+  float lower_bound = -5;             ///< of the bounded gates
 };
 
 class Backend; // runtime/src/backend.h

@@ -22,6 +22,9 @@ KDA_DEVICE u32 atomic_add(u32* to, u32 value) {
 KDA_DEVICE float atomic_add(float* to, float value) {
   return atomicAdd(to, value);
 }
+KDA_DEVICE int atomic_max(int* to, int value) {
+  return atomicMax(to, value);
+}
 
 /// Arrives at barrier `id`, where `threads` threads come together, and goes on: the counterpart of
 /// sync_named.

@@ -21,6 +21,9 @@ KDA_DEVICE u32 atomic_add(u32* to, u32 value) {
 KDA_DEVICE float atomic_add(float* to, float value) {
   return emulator::current().services->atomic_add_float(to, value);
 }
+KDA_DEVICE int atomic_max(int* to, int value) {
+  return emulator::current().services->atomic_max(to, value);
+}
 KDA_DEVICE void arrive_named(int id, int threads) {
   emulator::current().services->barrier(id, threads, true);
 }

@@ -1,0 +1,111 @@
+"""The binding on the host: a decode step on a state pool against the recurrence written out, and what it refuses. Tensors are a small
+stand-in for PyTorch's, which the binding knows by data_ptr(), shape, stride(), dtype and numel() only."""
+
+import array
+import math
+import unittest
+
+import kda_jit
+
+CODES = {"torch.float32": "f", "torch.int32": "i", "torch.int64": "q"}
+
+
+class Tensor:
+    def __init__(self, shape, dtype="torch.float32", fill=lambda i: 0, stride=None, storage=None, offset=0):
+        self.shape, self.dtype, self.offset = tuple(shape), dtype, offset
+        self._stride = tuple(stride) if stride else tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
+        self.storage = storage or array.array(CODES[dtype], [fill(i) for i in range(math.prod(shape))] or [0])
+
+    def view(self, shape, stride, offset=0):
+        return Tensor(shape, self.dtype, stride=stride, storage=self.storage, offset=offset)
+
+    def stride(self):
+        return self._stride
+
+    def numel(self):
+        return math.prod(self.shape)
+
+    def data_ptr(self):
+        return self.storage.buffer_info()[0] + self.offset * self.storage.itemsize
+
+
+N, H, K, V, SLOTS = 3, 2, 16, 16, 5
+PROBLEM = dict(operation="recurrent", heads=H, value_heads=H, key_dim=K, value_dim=V, dtype="fp32", state_pool=True)
+
+
+def call_tensors(pool):
+    wave = lambda a, b: lambda i: a * math.sin(i * b + a)
+    x = {name: Tensor((N, 1, H, K), fill=wave(a, b)) for name, a, b in (("q", 1, 1.3), ("k", 0.25, 0.7), ("v", 1, 0.37))}
+    x["g"] = Tensor((N, 1, H, K), fill=lambda i: -0.1 * (1 + i % 7))
+    x["beta"] = Tensor((N, 1, H), fill=lambda i: 0.2 + 0.1 * i)
+    return x | dict(o=Tensor((N, 1, H, V), fill=lambda i: math.nan), initial_state=pool, final_state=pool)
+
+
+def step(x, states, n, h):
+    """o and the state after the token of sequence n, from `states`, a copy of a slot's matrices."""
+    row = (n * H + h) * K
+    at = lambda name, i: x[name].storage[row + i]
+    S = [[math.exp(at("g", i)) * states[(h * K + i) * V + j] for j in range(V)] for i in range(K)]
+    for j in range(V):
+        u = x["beta"].storage[n * H + h] * (at("v", j) - sum(S[i][j] * at("k", i) for i in range(K)))
+        for i in range(K):
+            S[i][j] += at("k", i) * u
+    return [sum(S[i][j] * at("q", i) for i in range(K)) / math.sqrt(K) for j in range(V)], S
+
+
+class Binding(unittest.TestCase):
+    def setUp(self):
+        self.kernel = kda_jit.Engine(cache_directory="", tune="off").prepare(PROBLEM, "host", (N, 1, N))
+        self.pool = Tensor((SLOTS, H, K, V), fill=lambda i: math.cos(i))
+
+    def test_a_decode_step_in_the_slots_of_a_pool(self):
+        x, before = call_tensors(self.pool), self.pool.storage[:]
+        size = H * K * V
+        table = Tensor((N, 2), "torch.int64", fill=lambda i: (4, 99, -1, 99, 1, 99)[i])
+        slots, error = table.view((N,), (2,)), Tensor((1,), "torch.int32")
+        self.kernel.execute(x, None, read_slots=slots, write_slots=slots, padding="negative", slot_error=error)
+        self.assertEqual(error.storage[0], 0)
+        for n, slot in ((0, 4), (2, 1)):
+            for h in range(H):
+                o, S = step(x, before[slot * size:(slot + 1) * size], n, h)
+                for j in range(V):
+                    self.assertAlmostEqual(x["o"].storage[(n * H + h) * V + j], o[j], places=5)
+                    for i in range(K):
+                        self.assertAlmostEqual(self.pool.storage[((slot * H + h) * K + i) * V + j], S[i][j], places=5)
+        self.assertEqual(set(x["o"].storage[H * V:2 * H * V]), {0.0})  # padding
+        for slot in (0, 2, 3):
+            self.assertEqual(self.pool.storage[slot * size:(slot + 1) * size], before[slot * size:(slot + 1) * size])
+
+    def test_a_slot_past_the_pool_raises_the_error_word(self):
+        slots, error = Tensor((N,), "torch.int32", fill=lambda i: (0, SLOTS, 1)[i]), Tensor((1,), "torch.int32")
+        self.kernel.execute(call_tensors(self.pool), None, read_slots=slots, write_slots=slots, slot_error=error)
+        self.assertEqual(error.storage[0], 2)
+
+    def refused(self, sentence, error=kda_jit.KdaError, **options):
+        slots = Tensor((N,), "torch.int32")
+        with self.assertRaisesRegex(error, sentence):
+            self.kernel.execute(call_tensors(self.pool), None, **(dict(read_slots=slots, write_slots=slots) | options))
+
+    def test_tables_of_another_kind_are_refused(self):
+        slots = Tensor((N,), "torch.int32")
+        self.refused("stride 0", read_slots=slots.view((N,), (0,)))
+        self.refused("read_slots is required", read_slots=None)
+        self.refused("expected 1 or 2", TypeError, write_slots=slots.view((N, 1, 1), (1, 1, 1)))
+        self.refused("use int32 or int64", TypeError, write_slots=Tensor((N,)))
+        self.refused("one int32", TypeError, slot_error=Tensor((1,), "torch.int64"))
+        self.refused("not in tuple", ValueError, padding="some")
+        self.refused("unknown option slots", TypeError, slots=slots)
+
+    def test_an_expanded_tensor_is_not_taken_for_a_contiguous_one(self):
+        x = call_tensors(self.pool)
+        x["beta"] = x["beta"].view((N, 1, H), (0, 0, 0))
+        with self.assertRaisesRegex(ValueError, "expand"):
+            self.kernel.bind(x)
+
+    def test_an_unknown_field_is_refused(self):
+        with self.assertRaisesRegex(TypeError, "state_v_first"):
+            kda_jit.Engine(cache_directory="", tune="off").prepare(PROBLEM | dict(state_v_first=True), "host", (N, 1, N))
+
+
+if __name__ == "__main__":
+    unittest.main()
