@@ -68,6 +68,7 @@ Result<std::size_t> Kernel::workspace_bytes(const Sizes& sizes) const {
 
 Status Kernel::execute(const Args& args, void* workspace, std::size_t bytes, void* stream) const {
   if (impl_ == nullptr) return fail(ErrorCode::not_prepared, "execute on a kernel that was never prepared");
+  if (Status ok = impl_->engine->usable(); !ok) return ok;
   KernelArgs kernel_args;
   Sizes sizes;
   if (Status ok = make_kernel_args(impl_->problem, args, impl_->host_memory, kernel_args, sizes); !ok)
@@ -88,14 +89,14 @@ Status Kernel::execute(const Args& args, void* workspace, std::size_t bytes, voi
 
 Result<Engine> Engine::create(EngineOptions options) {
   Engine engine;
-  engine.impl_ = std::make_shared<Impl>(std::move(options));
+  engine.impl_ = Impl::make(std::move(options));
   return engine;
 }
 
 std::vector<DeviceInfo> Engine::devices() const {
   std::vector<Device> candidates;
   int count = 0;
-  if (impl_->driver) (*impl_->driver)->device_count(&count);
+  if (impl_->usable() && impl_->driver) (*impl_->driver)->device_count(&count);
   for (int i = 0; i < std::max(count, 1); ++i)
     candidates.push_back(Device::cuda(i));
   if (impl_->options.emulator != nullptr) candidates.push_back({Device::Kind::emulator, 0});

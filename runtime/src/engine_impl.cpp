@@ -91,6 +91,19 @@ Engine::Impl::Impl(EngineOptions o)
       tuning(store.directory(), [this](const std::string& text) { warn(text); }),
       nvrtc(Nvrtc::open(options.nvrtc)), driver(CudaDriver::open()) {}
 
+std::shared_ptr<Engine::Impl> Engine::Impl::make(EngineOptions o) {
+  return {new Impl(std::move(o)), [](Impl* impl) {
+            if (impl->forks_ == fork_count()) delete impl;
+          }};
+}
+
+Status Engine::Impl::usable() const {
+  if (forks_ == fork_count()) return {};
+  return fail(ErrorCode::unavailable,
+              "this engine was made before fork(); its threads and devices stayed with "
+              "the parent process: make a new engine here, or spawn instead of forking");
+}
+
 std::shared_ptr<const void> Engine::Impl::tuning_lock(const Backend& backend,
                                                       const std::function<void()>& waiting) {
   constexpr double kMostSeconds = 900; // of a tuner that hangs
@@ -120,6 +133,7 @@ void Engine::Impl::warn(std::string_view line) const {
 }
 
 Result<std::shared_ptr<Backend>> Engine::Impl::backend(const Device& device) {
+  if (const Status ok = usable(); !ok) return tl::unexpected(ok.error());
   const std::scoped_lock lock(mutex_);
   std::shared_ptr<Backend>& slot = backends_[to_string(device)];
   if (slot != nullptr) return slot;
@@ -141,6 +155,7 @@ Result<std::shared_ptr<Backend>> Engine::Impl::backend(const Device& device) {
 Result<Image> Engine::Impl::image(const SourceUnit& unit, const Target& target, const std::string& compiler,
                                   const std::function<Result<Image>(const SourceUnit&)>& compile,
                                   KernelInfo& info) {
+  if (const Status ok = usable(); !ok) return tl::unexpected(ok.error());
   const cache::KeyManifest key = key_of(unit, target, compiler);
   info.key = key.digest();
   Result<Image> made = fail(ErrorCode::internal, "not compiled");

@@ -4,6 +4,7 @@
 #include "cache/store.h"
 #include "cache/tuning_db.h"
 #include "cuda_driver.h"
+#include "fork_count.h"
 #include "kda/engine.h"
 #include "nvrtc.h"
 #include <atomic>
@@ -39,6 +40,9 @@ struct LoadedImage {
 
 struct Engine::Impl {
   explicit Impl(EngineOptions o);
+  /// The only way to make one: in a child of fork() it is left behind undestroyed, since joining threads and
+  /// closing connections that stayed with the parent would hang or harm it.
+  [[nodiscard]] static std::shared_ptr<Impl> make(EngineOptions o);
 
   EngineOptions options;
   cache::Store store;
@@ -47,6 +51,8 @@ struct Engine::Impl {
   Result<std::shared_ptr<const CudaDriver>> driver;
   std::atomic<std::int64_t> compiles{0};
 
+  /// An error in a child of fork(), where nothing of this engine may be touched, not even its locks.
+  [[nodiscard]] Status usable() const;
   /// The device's backend, made on first use.
   [[nodiscard]] Result<std::shared_ptr<Backend>> backend(const Device&);
   /// The image of a unit, from the cache or through `compile`.
@@ -64,6 +70,7 @@ struct Engine::Impl {
   void warn(std::string_view line) const;
 
 private:
+  const std::uint32_t forks_ = fork_count();
   Status load(const Backend&, const SourceUnit&, LoadedImage&);
   std::mutex mutex_;        ///< of the two maps
   std::mutex tuning_mutex_; ///< where there is no lock file

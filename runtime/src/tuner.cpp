@@ -487,6 +487,7 @@ Result<TuneReport> Engine::tune(const Problem& problem, Device device, const Siz
 }
 
 Result<std::vector<TuneReport>> Engine::reports() const {
+  if (const Status ok = impl_->usable(); !ok) return tl::unexpected(ok.error());
   std::vector<TuneReport> all;
   for (const cache::TuningRow& row : impl_->tuning.rows()) {
     if (all.empty() || all.back().problem != row.problem || all.back().bucket != row.bucket ||

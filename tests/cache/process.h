@@ -3,6 +3,9 @@
 #include <csignal>
 #include <exception>
 #include <fcntl.h>
+#include <new>
+#include <pthread.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <utility>
@@ -65,6 +68,38 @@ public:
 
 private:
   int ends_[2] = {-1, -1};
+};
+
+/// An object that a process and its children share.
+template <class T>
+class SharedMemory {
+public:
+  SharedMemory()
+      : data_(new (::mmap(nullptr, sizeof(T), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0)) T) {
+  }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+  ~SharedMemory() { ::munmap(data_, sizeof(T)); }
+  T* operator->() const { return data_; }
+
+private:
+  T* data_;
+};
+
+/// In shared memory: each round goes on when `count` processes wait.
+class Barrier {
+public:
+  explicit Barrier(unsigned count) {
+    pthread_barrierattr_t attributes;
+    ::pthread_barrierattr_init(&attributes);
+    ::pthread_barrierattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
+    ::pthread_barrier_init(&barrier_, &attributes, count);
+    ::pthread_barrierattr_destroy(&attributes);
+  }
+  void wait() { ::pthread_barrier_wait(&barrier_); }
+
+private:
+  pthread_barrier_t barrier_;
 };
 
 } // namespace kda::cache::test

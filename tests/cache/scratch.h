@@ -6,13 +6,14 @@
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <unistd.h>
 
 namespace kda::cache::test {
 
 class Scratch {
 public:
-  Scratch() {
-    std::string name = (std::filesystem::temp_directory_path() / "kda jit ünï-XXXXXX").native();
+  explicit Scratch(const std::filesystem::path& base = std::filesystem::temp_directory_path()) {
+    std::string name = (base / "kda jit ünï-XXXXXX").native();
     path_ = ::mkdtemp(name.data());
   }
   Scratch(const Scratch&) = delete;
@@ -36,6 +37,12 @@ inline KeyManifest key_of(const std::string& source) {
 
 inline Entry entry_of(const std::string& payload) {
   return {payload, {{"registers", "128"}, {"log", ""}}};
+}
+
+/// Where files cost no disk, for tests that make very many; the temporary directory where there is none.
+inline std::filesystem::path fast_directory() {
+  const char* memory = "/dev/shm";
+  return ::access(memory, W_OK) == 0 ? std::filesystem::path(memory) : std::filesystem::temp_directory_path();
 }
 
 /// A make that must not run.

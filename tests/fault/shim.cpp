@@ -3,30 +3,37 @@
 #include <cstdarg>
 #include <cstdio>
 #include <fcntl.h>
+#include <string_view>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <utility>
 
 namespace kda::cache::test {
 namespace {
-Call failing_call;
-int failing_error = 0; // 0: nothing fails
+std::map<Call, int> failing_errors;
 int failures = 0;
 
 bool refuse(Call call) {
-  if (failing_error == 0 || call != failing_call) return false;
+  const auto found = failing_errors.find(call);
+  if (found == failing_errors.end()) return false;
   ++failures;
-  errno = failing_error;
+  errno = found->second;
   return true;
+}
+
+int open_file(const char* path, int flags, mode_t mode) {
+  const bool entry = (flags & O_ACCMODE) == O_RDONLY && std::string_view(path).ends_with(".kda");
+  if (entry && refuse(Call::open_entry)) return -1;
+  return static_cast<int>(::syscall(SYS_openat, AT_FDCWD, path, flags, mode));
 }
 } // namespace
 
-Failing::Failing(Call call, int error) {
-  failing_call = call;
-  failing_error = error;
+Failing::Failing(std::map<Call, int> errors) {
+  failing_errors = std::move(errors);
   failures = 0;
 }
 Failing::~Failing() {
-  failing_error = 0;
+  failing_errors.clear();
 }
 int Failing::count() const {
   return failures;
@@ -40,7 +47,24 @@ extern "C" {
 
 int rename(const char* from, const char* to) noexcept {
   if (refuse(Call::rename)) return -1;
-  return static_cast<int>(::syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0));
+  const auto done = static_cast<int>(::syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0));
+  return refuse(Call::rename_done) ? -1 : done;
+}
+
+int open(const char* path, int flags, ...) {
+  va_list list;
+  va_start(list, flags);
+  const auto mode = (flags & O_CREAT) != 0 ? va_arg(list, mode_t) : 0;
+  va_end(list);
+  return open_file(path, flags, mode);
+}
+
+int open64(const char* path, int flags, ...) {
+  va_list list;
+  va_start(list, flags);
+  const auto mode = (flags & O_CREAT) != 0 ? va_arg(list, mode_t) : 0;
+  va_end(list);
+  return open_file(path, flags, mode);
 }
 
 int fsync(int fd) {
@@ -50,8 +74,9 @@ int fsync(int fd) {
 // Of a write that fails, half arrives. The first three descriptors belong to the test framework.
 ssize_t write(int fd, const void* bytes, size_t count) {
   if (fd > 2 && refuse(Call::write)) {
+    const int error = errno;
     (void)!::syscall(SYS_write, fd, bytes, count / 2);
-    errno = failing_error;
+    errno = error;
     return -1;
   }
   return ::syscall(SYS_write, fd, bytes, count);

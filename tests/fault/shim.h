@@ -1,18 +1,29 @@
 #pragma once
-// Makes a system call fail while a Failing lives. The shim defines the calls in this executable, ahead of
+// Makes system calls fail while a Failing lives. The shim defines the calls in this executable, ahead of
 // libc's, and passes everything else on to the kernel.
+#include <map>
 
 namespace kda::cache::test {
 
-enum class Call { rename, fsync, write, read, lock };
+enum class Call {
+  rename,
+  rename_done, ///< is done, then reported as failed
+  fsync,
+  write,
+  read,
+  lock,
+  open_entry ///< of a file *.kda, for reading
+};
 
 class Failing {
 public:
-  Failing(Call call, int error);
+  /// Each call with its errno.
+  explicit Failing(std::map<Call, int> errors);
+  Failing(Call call, int error) : Failing(std::map<Call, int>{{call, error}}) {}
   Failing(const Failing&) = delete;
   Failing& operator=(const Failing&) = delete;
   ~Failing();
-  /// How often the call was refused: a test that never reached it proves nothing.
+  /// How often calls were refused: a test that never reached one proves nothing.
   [[nodiscard]] int count() const;
 };
 

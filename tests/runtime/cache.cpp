@@ -46,6 +46,22 @@ TEST_CASE("a second engine compiles nothing: image and figures come from the dis
   CHECK(entries(scratch.path()).size() == 1);
 }
 
+TEST_CASE("where the cache and the process stand is not part of a key") {
+  const Scratch scratch;
+  std::filesystem::create_directory(scratch.path() / "real");
+  std::filesystem::create_directory_symlink(scratch.path() / "real", scratch.path() / "link");
+  const auto before = std::filesystem::current_path();
+  const KernelInfo made =
+      prepared(engine_on(std::make_shared<ScriptedBackend>(), scratch.path() / "real")).value().info();
+  std::filesystem::current_path(scratch.path());
+  for (const char* spelling : {"link", "real/../link", "./real"}) {
+    const KernelInfo info = prepared(engine_on(std::make_shared<ScriptedBackend>(), spelling)).value().info();
+    CHECK(info.key == made.key);
+    CHECK(info.origin == Origin::disk);
+  }
+  std::filesystem::current_path(before);
+}
+
 TEST_CASE("an empty directory means memory only") {
   const auto backend = std::make_shared<ScriptedBackend>();
   for (int i = 0; i < 2; ++i) {

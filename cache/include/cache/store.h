@@ -1,6 +1,6 @@
 #pragma once
 // Entries on disk and in memory: bytes in, bytes out. Any doubt about an entry is a miss and one warning, any
-// doubt about the disk is "work without it"; nothing here fails a caller. Format: docs/cache-format.md and
+// doubt about the disk is "work without it"; nothing here fails a caller. Format: docs/cache.md and
 // entry.h.
 #include "cache/key.h"
 #include <cstdint>

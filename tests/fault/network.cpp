@@ -1,0 +1,83 @@
+// A file system between machines: a handle goes stale, a rename is lost or said to be lost, and what another
+// machine has written stays invisible for a while. Each costs a compile at most.
+#include "process.h"
+#include "scratch.h"
+#include "shim.h"
+#include <catch2/catch.hpp>
+#include <cerrno>
+
+using namespace kda::cache;
+using namespace kda::cache::test;
+namespace fs = std::filesystem;
+
+static std::shared_ptr<const Entry> make(Store& store, const std::string& payload, Source& source) {
+  return store.get_or_make(
+      key_of("a"), [&] { return entry_of(payload); }, &source);
+}
+
+TEST_CASE("a stale handle when opening is a miss, and the entry is made", "[fault]") {
+  const Scratch scratch;
+  Source source = Source::memory;
+  {
+    Store store({.directory = scratch.path()});
+    (void)make(store, "old", source);
+  }
+  int warnings = 0;
+  Store store({.directory = scratch.path(), .warn = [&](const std::string&) { ++warnings; }});
+  {
+    const Failing failing(Call::open_entry, GENERATE(ESTALE, EIO, EACCES));
+    CHECK(make(store, "new", source)->payload == "new");
+    CHECK(source == Source::made);
+    CHECK(failing.count() > 0);
+  }
+  CHECK(warnings == 1);
+  CHECK(Store({.directory = scratch.path()}).get(key_of("a"))->payload == "new");
+}
+
+TEST_CASE("a winner that stays invisible costs the loser a make, not an error", "[fault]") {
+  const Scratch scratch;
+  Source source = Source::memory;
+  Store winner({.directory = scratch.path()});
+  (void)make(winner, "winner's", source);
+  int warnings = 0;
+  Store loser({.directory = scratch.path(), .warn = [&](const std::string&) { ++warnings; }});
+  {
+    const Failing invisible(Call::open_entry, ENOENT); // the client remembers that there was none
+    CHECK(make(loser, "loser's", source)->payload == "loser's");
+    CHECK(source == Source::made);
+    CHECK(invisible.count() == 2); // before the lock and under it
+  }
+  CHECK(warnings == 0);
+  CHECK(fs::exists(file_of(scratch.path(), key_of("a"))));
+  CHECK(Store({.directory = scratch.path()}).verify(false).good == 1);
+}
+
+TEST_CASE("a loser whose rename fails while the winner is invisible still runs", "[fault]") {
+  const Scratch scratch;
+  Source source = Source::memory;
+  Store winner({.directory = scratch.path()});
+  (void)make(winner, "winner's", source);
+  int warnings = 0;
+  Store loser({.directory = scratch.path(), .warn = [&](const std::string&) { ++warnings; }});
+  {
+    const Failing failing({{Call::open_entry, ENOENT}, {Call::rename, ESTALE}});
+    CHECK(make(loser, "loser's", source)->payload == "loser's");
+    CHECK(make(loser, "again", source)->payload == "loser's"); // from memory: no file is read back
+  }
+  CHECK(warnings == 1);
+  CHECK(Store({.directory = scratch.path()}).get(key_of("a"))->payload == "winner's");
+}
+
+TEST_CASE("a rename that was done and is reported as failed leaves a good entry", "[fault]") {
+  // The client repeats a request whose answer was lost, and the server finds the source gone.
+  const Scratch scratch;
+  Source source = Source::memory;
+  Store store({.directory = scratch.path()});
+  {
+    const Failing failing(Call::rename_done, ENOENT);
+    CHECK(make(store, "image", source)->payload == "image");
+    CHECK(failing.count() == 1);
+  }
+  CHECK(Store({.directory = scratch.path()}).get(key_of("a"))->payload == "image");
+  CHECK(Store({.directory = scratch.path()}).verify(false).good == 1);
+}
