@@ -3,17 +3,19 @@
 #include "command.h"
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 namespace kda::tools {
 namespace {
 
 /// The store of the environment's cache directory.
 Result<std::unique_ptr<cache::Store>> open_store() {
-  auto options = EngineOptions::from_environment();
+  const auto options = EngineOptions::from_environment();
   if (!options) return tl::unexpected(options.error());
   cache::StoreOptions store;
   store.directory = options->cache_directory ? *options->cache_directory : cache::default_directory();
   store.read_only = options->read_only_caches;
+  store.max_bytes = options->cache_max_bytes;
   store.warn = [](const std::string& text) { fmt::print(stderr, "kda-jit: {}\n", text); };
   return std::make_unique<cache::Store>(std::move(store));
 }
@@ -51,6 +53,28 @@ int verify(bool remove, bool json) {
   return report.bad.empty() || remove ? kOk : kFailed;
 }
 
+int prune(const std::optional<double>& megabytes, bool json) {
+  const auto options = EngineOptions::from_environment();
+  const auto store = open_store();
+  if (!store) return report_error(store.error());
+  const std::uint64_t limit = megabytes ? static_cast<std::uint64_t>(std::min(*megabytes * 0x1p20, 0x1p63))
+                                        : options->cache_max_bytes;
+  const cache::PruneReport report = (*store)->prune(limit);
+  if (json)
+    fmt::print("{}\n", nlohmann::json{{"schema", 1},
+                                      {"removed", report.removed},
+                                      {"interrupted", report.interrupted},
+                                      {"freed_bytes", report.freed},
+                                      {"bytes", report.bytes},
+                                      {"max_bytes", limit}}
+                           .dump(1));
+  else
+    fmt::print("removed {} entries ({} bytes) and {} files of interrupted writes; {} bytes are left{}\n",
+               report.removed, report.freed, report.interrupted, report.bytes,
+               limit != 0 && report.bytes > limit ? ", all used in the last five minutes" : "");
+  return kOk;
+}
+
 int clear() {
   const auto store = open_store();
   if (!store) return report_error(store.error());
@@ -73,6 +97,14 @@ void add_cache(CLI::App& app, int& exit) {
   verify_command->add_flag("--json", *json, "JSON on stdout");
   verify_command->add_flag("--remove", *remove, "remove bad entries");
   verify_command->callback([json, remove, &exit] { exit = verify(*remove, *json); });
+  auto* const prune_command = sub->add_subcommand(
+      "prune", "Remove the entries least recently used until the cache is below its limit");
+  auto megabytes = std::make_shared<std::optional<double>>();
+  prune_command->add_option("--max-mb", *megabytes, "the limit (default: KDA_JIT_CACHE_MAX_MB; 0: none)")
+      ->check(CLI::NonNegativeNumber);
+  prune_command->add_flag("--json", *json, "JSON on stdout");
+  prune_command->footer("Every publish does this by itself. What was used in the last five minutes stays.");
+  prune_command->callback([megabytes, json, &exit] { exit = prune(*megabytes, *json); });
   sub->add_subcommand("clear", "Remove every entry")->callback([&exit] { exit = clear(); });
 }
 

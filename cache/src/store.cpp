@@ -1,4 +1,5 @@
 #include "cache/store.h"
+#include "eviction.h"
 #include "file_lock.h"
 #include "folder.h"
 #include <chrono>
@@ -23,6 +24,8 @@ struct Store::Impl {
   std::unordered_set<std::string> refused; // manifests whose files a loader refused: not read again
   std::unordered_set<std::string> warned;  // causes
   StoreStats counts;
+  std::uint64_t unchecked = 0; // bytes published since the size limit was last looked at
+  bool checked = false;        // ever, by this store
 
   bool warn(const Fault& fault); ///< whether it is the first of its cause
   std::shared_ptr<const Entry> from_memory(const KeyManifest& key, Source* source);
@@ -30,6 +33,7 @@ struct Store::Impl {
   std::shared_ptr<const Entry> find(const KeyManifest& key, Source* source);
   std::optional<FileLock> lock(const KeyManifest& key);
   std::shared_ptr<const Entry> keep(const KeyManifest& key, Entry entry);
+  void hold_limit(std::uint64_t published);
 
   /// While it lives, its thread is the only one of this process that makes the key.
   class Turn {
@@ -89,7 +93,10 @@ std::shared_ptr<const Entry> Store::Impl::from_disk(const KeyManifest& key, Sour
     return memory.try_emplace(key.text(), std::make_shared<const Entry>(*std::move(*loaded))).first->second;
   };
   if (user)
-    if (auto entry = look(*user, Source::disk, counts.disk_hits)) return entry;
+    if (auto entry = look(*user, Source::disk, counts.disk_hits)) {
+      mark_used(user->entry_file(key.digest()));
+      return entry;
+    }
   for (const Folder& folder : read_only)
     if (auto entry = look(folder, Source::read_only, counts.read_only_hits)) return entry;
   return nullptr;
@@ -126,9 +133,24 @@ std::shared_ptr<const Entry> Store::Impl::keep(const KeyManifest& key, Entry ent
     warn(published.error());
     return kept;
   }
-  const std::lock_guard lock(mutex);
-  refused.erase(key.text());
+  {
+    const std::lock_guard lock(mutex);
+    refused.erase(key.text());
+  }
+  hold_limit(kept->payload.size());
   return kept;
+}
+
+/// The listing of a folder costs some milliseconds: once a store, then once a sixteenth of the limit.
+void Store::Impl::hold_limit(std::uint64_t published) {
+  {
+    const std::lock_guard lock(mutex);
+    unchecked += published;
+    if (checked && (options.max_bytes == 0 || unchecked < options.max_bytes / 16)) return;
+    checked = true;
+    unchecked = 0;
+  }
+  evict(*user, options.max_bytes);
 }
 
 Store::Store(StoreOptions options) : impl_(std::make_unique<Impl>()) {
@@ -224,10 +246,14 @@ VerifyReport Store::verify(bool remove_bad) {
     std::error_code error;
     const auto written = fs::last_write_time(path, error);
     // A younger one may be a write in progress.
-    if (!error && fs::file_time_type::clock::now() - written > std::chrono::hours(1))
+    if (!error && fs::file_time_type::clock::now() - written > kInterrupted)
       bad(path, "left behind by a write that was interrupted");
   }
   return report;
+}
+
+PruneReport Store::prune(std::uint64_t max_bytes) {
+  return impl_->user ? evict(*impl_->user, max_bytes) : PruneReport{};
 }
 
 std::int64_t Store::clear() {

@@ -75,6 +75,7 @@ cache::StoreOptions store_options(const EngineOptions& o) {
   cache::StoreOptions s;
   s.directory = o.cache_directory ? *o.cache_directory : cache::default_directory();
   s.read_only = o.read_only_caches;
+  s.max_bytes = o.cache_max_bytes;
   s.warn = [log = o.log](const std::string& text) {
     if (log)
       log(text);

@@ -56,6 +56,7 @@ Status refuse_unknown() {
 std::vector<EnvironmentVariable> environment_variables() {
   return {{"KDA_JIT_CACHE_DIR", "directory of the persistent cache (default: $XDG_CACHE_HOME/kda-jit)"},
           {"KDA_JIT_CACHE_READONLY_DIRS", "further caches that are only read, separated by colons"},
+          {"KDA_JIT_CACHE_MAX_MB", "megabytes of disk that the cache may take (default: 1024; 0: no limit)"},
           {"KDA_JIT_TUNE", "off, cached (default), on or force"},
           {"KDA_JIT_TUNE_BUDGET_MS", "milliseconds that tuning one problem may take (default: 30000)"},
           {"KDA_JIT_THREADS", "threads of host kernels and of parallel compiles (default: all)"},
@@ -75,6 +76,11 @@ Result<EngineOptions> EngineOptions::from_environment(bool strict) {
       if (end > begin) options.read_only_caches.emplace_back(text->substr(begin, end - begin));
       begin = end + 1;
     }
+  if (const auto text = variable("KDA_JIT_CACHE_MAX_MB")) {
+    const auto megabytes = number("KDA_JIT_CACHE_MAX_MB", *text);
+    if (!megabytes) return tl::unexpected(megabytes.error());
+    options.cache_max_bytes = static_cast<std::uint64_t>(std::min(std::ceil(*megabytes * 0x1p20), 0x1p63));
+  }
   if (const auto text = variable("KDA_JIT_TUNE")) {
     const auto mode = parse_tune_mode(*text);
     if (!mode) return tl::unexpected(mode.error());

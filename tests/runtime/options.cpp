@@ -32,20 +32,32 @@ void check_refused(const char* name, const char* value, const char* sentence) {
 TEST_CASE("every variable reaches its option") {
   const Variable a("KDA_JIT_CACHE_DIR", "/a b"), b("KDA_JIT_CACHE_READONLY_DIRS", "/x::/y"),
       c("KDA_JIT_TUNE", "force"), d("KDA_JIT_TUNE_BUDGET_MS", "1500"), e("KDA_JIT_THREADS", "3"),
-      f("KDA_JIT_NVRTC", "/lib/nvrtc");
+      f("KDA_JIT_NVRTC", "/lib/nvrtc"), g("KDA_JIT_CACHE_MAX_MB", "1.5");
   const auto options = EngineOptions::from_environment().value();
   CHECK(options.cache_directory == std::filesystem::path("/a b"));
   CHECK(options.read_only_caches == std::vector<std::filesystem::path>{"/x", "/y"});
+  CHECK(options.cache_max_bytes == 1536 * 1024);
   CHECK(options.tune == TuneMode::force);
   CHECK(options.tune_budget_seconds == 1.5);
   CHECK(options.threads == 3);
   CHECK(options.nvrtc == std::filesystem::path("/lib/nvrtc"));
 }
 
+TEST_CASE("a limit of the cache may be anything from nothing to more than there is") {
+  for (const auto& [text, bytes] : {std::pair<const char*, std::uint64_t>{"0", 0},
+                                    {"1", 1U << 20U},
+                                    {"1e-9", 1},
+                                    {"9223372036854775808", std::uint64_t{1} << 63U}}) {
+    const Variable variable("KDA_JIT_CACHE_MAX_MB", text);
+    CHECK(EngineOptions::from_environment().value().cache_max_bytes == bytes);
+  }
+}
+
 TEST_CASE("a malformed value is an error that names the variable and the choices") {
   check_refused("KDA_JIT_TUNE", "fast", "off, cached, on or force");
   check_refused("KDA_JIT_TUNE_BUDGET_MS", "-1", "not negative");
   check_refused("KDA_JIT_TUNE_BUDGET_MS", "nan", "not negative");
+  check_refused("KDA_JIT_CACHE_MAX_MB", "1G", "number");
   check_refused("KDA_JIT_THREADS", "two", "number");
   check_refused("KDA_JIT_THREADS", "2.5", "whole number");
   check_refused("KDA_JIT_LOG", "yes", "0 or 1");

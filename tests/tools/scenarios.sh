@@ -66,6 +66,8 @@ refused KDA_JIT_CACHE_DRI env KDA_JIT_CACHE_DRI=x "$kda" env --strict
 refused KDA_JIT_TUNE env KDA_JIT_TUNE=sometimes "${run[@]}"
 expect 0 "entries" "$kda" cache stat
 expect 0 "0 bad" "$kda" cache verify
+expect 0 "removed 0 entries" "$kda" cache prune --max-mb 0
+refused "--max-mb" "$kda" cache prune --max-mb -1
 expect 0 "removed" "$kda" cache clear
 expect 0 "best device" "$kda" doctor
 expect 0 "No tuning rows" "$kda" report

@@ -27,11 +27,17 @@ struct StoreOptions {
   std::vector<std::filesystem::path> read_only = {};
   std::function<void(const std::string&)> warn = {}; ///< once a cause
   double lock_wait_seconds = 120;                    ///< then a waiter makes its own
+  std::uint64_t max_bytes =
+      0; ///< of the user directory; publishing then removes what was least used. 0: none
 };
 
 struct StoreStats {
   std::int64_t entries = 0, bytes = 0; ///< on disk, user directory
   std::int64_t memory_hits = 0, disk_hits = 0, read_only_hits = 0, misses = 0, corrupt = 0; ///< of this store
+};
+struct PruneReport {
+  std::int64_t removed = 0, interrupted = 0; ///< entries, and files that killed writers left behind
+  std::uint64_t freed = 0, bytes = 0;        ///< on disk: given back, and still taken by entries
 };
 struct VerifyReport {
   std::int64_t good = 0;
@@ -57,6 +63,9 @@ public:
 
   [[nodiscard]] StoreStats stats() const;
   [[nodiscard]] VerifyReport verify(bool remove_bad);
+  /// Removes entries least recently used until the user directory takes at most `max_bytes` of disk (0: no
+  /// limit), except what was written or used in the last five minutes, and files of interrupted writes.
+  PruneReport prune(std::uint64_t max_bytes);
   /// Removes every entry (not the tuning rows); returns how many.
   std::int64_t clear();
   /// The schema folder in use; empty when memory only.

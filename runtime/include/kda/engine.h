@@ -105,15 +105,16 @@ enum class TuneMode : std::uint8_t {
 struct EngineOptions {
   std::optional<std::filesystem::path> cache_directory; ///< unset: XDG; empty path: memory only
   std::vector<std::filesystem::path> read_only_caches;
+  std::uint64_t cache_max_bytes = std::uint64_t{1} << 30U; ///< of the directory; 0: no limit
   TuneMode tune = TuneMode::cached;
   double tune_budget_seconds = 30;
   int threads = 0;                            ///< host kernels and parallel compiles; 0: hardware threads
   std::function<void(std::string_view)> log;  ///< one line a call; empty: warnings to stderr
   std::optional<std::filesystem::path> nvrtc; ///< unset: where the loader and the CUDA toolkit have it
   std::shared_ptr<Backend> emulator; ///< what Device::Kind::emulator runs on; for tests and `kda-jit check`
-  /// KDA_JIT_CACHE_DIR, KDA_JIT_CACHE_READONLY_DIRS, KDA_JIT_TUNE, KDA_JIT_TUNE_BUDGET_MS, KDA_JIT_THREADS,
-  /// KDA_JIT_LOG, KDA_JIT_NVRTC (a library path). Malformed values are an error; `strict` also refuses
-  /// unknown KDA_JIT_ names.
+  /// KDA_JIT_CACHE_DIR, KDA_JIT_CACHE_READONLY_DIRS, KDA_JIT_CACHE_MAX_MB, KDA_JIT_TUNE,
+  /// KDA_JIT_TUNE_BUDGET_MS, KDA_JIT_THREADS, KDA_JIT_LOG, KDA_JIT_NVRTC (a library path). Malformed values
+  /// are an error; `strict` also refuses unknown KDA_JIT_ names.
   static Result<EngineOptions> from_environment(bool strict = false);
 };
 
