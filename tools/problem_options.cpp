@@ -63,6 +63,12 @@ Status read_fields(const nlohmann::json& object, ProblemOptions& o) {
       o.varlen = value.get<bool>();
     else if (key == "state_pool")
       o.state_pool = value.get<bool>();
+    else if (key == "every_state")
+      o.every_state = value.get<bool>();
+    else if (key == "updates")
+      o.updates = value.get<bool>();
+    else if (key == "tree")
+      o.tree = value.get<bool>();
     else
       return fail(ErrorCode::invalid_argument, fmt::format("unknown key '{}' in a problem", key));
   }
@@ -72,7 +78,7 @@ Status read_fields(const nlohmann::json& object, ProblemOptions& o) {
 } // namespace
 
 void ProblemOptions::add_to(CLI::App& app) {
-  app.add_option("--operation", operation, "forward, backward, recurrent, gate or gate_backward")
+  app.add_option("--operation", operation, "forward, backward, recurrent, gate, gate_backward or replay")
       ->capture_default_str();
   app.add_option("--heads", heads, "query/key heads H")->capture_default_str();
   app.add_option("--value-heads", value_heads, "value heads HV, a multiple of H (default: H)");
@@ -90,7 +96,10 @@ void ProblemOptions::add_to(CLI::App& app) {
   app.add_flag("--beta-times-two", beta_times_two, "2*sigmoid(beta)");
   app.add_flag("--qk-l2norm", qk_l2norm, "normalise q and k in the kernel");
   app.add_flag("--varlen", varlen, "packed sequences through cu_seqlens");
-  app.add_flag("--state-pool", state_pool, "recurrent: states lie in the slots of a pool");
+  app.add_flag("--state-pool", state_pool, "recurrent, replay: states lie in the slots of a pool");
+  app.add_flag("--every-state", every_state, "recurrent with a pool: keep the state after every token");
+  app.add_flag("--updates", updates, "recurrent: keep u, k and decay of every token, for replay");
+  app.add_flag("--tree", tree, "recurrent with updates, replay: tokens continue from a parent");
   app.add_option("--batch", batch, "B")->capture_default_str();
   app.add_option("--tokens", tokens, "T of a batch row, or all tokens when packed")->capture_default_str();
   app.add_option("--sequences", sequences, "N when packed (default: B)");
@@ -121,6 +130,9 @@ Result<Problem> ProblemOptions::problem() const {
   p.qk_l2norm = qk_l2norm;
   p.varlen = varlen;
   p.state_pool = state_pool;
+  p.every_state = every_state;
+  p.updates = updates;
+  p.tree = tree;
   if (const Status ok = validate(p); !ok) return tl::unexpected(ok.error());
   return p;
 }

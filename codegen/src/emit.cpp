@@ -41,7 +41,8 @@ struct Config {{
   static constexpr bool dt_bias = {dt_bias}, beta_sigmoid = {sigmoid}, beta_times_two = {twice}, qk_l2norm = {norm};
   static constexpr bool varlen = {varlen}, backward = {backward};
   static constexpr bool state_v_k = {v_k};
-  static constexpr bool pool = {pool};
+  static constexpr bool pool = {pool}, replay = {replay};
+  static constexpr bool every_state = {every_state}, updates = {updates}, tree = {tree};
   static constexpr int chunk = {chunk}, value_tile = {value_tile}, prepare_warps = {prepare_warps}, scan_warps = {scan_warps},
                        rows = {rows}, stages = {stages};
 }};
@@ -52,7 +53,9 @@ struct Config {{
       fmt::arg("element", device_type(p.dtype)), fmt::arg("gate_type", device_type(p.gate_dtype)),
       fmt::arg("beta_type", device_type(p.beta_dtype)), fmt::arg("state_type", device_type(p.state_dtype)),
       fmt::arg("index", p.cu_seqlens_type == IndexType::int32 ? "int" : "i64"), fmt::arg("k", p.key_dim),
-      fmt::arg("pool", p.state_pool), fmt::arg("v", p.value_dim), fmt::arg("group", p.value_heads / p.heads),
+      fmt::arg("pool", p.state_pool), fmt::arg("replay", p.operation == Operation::replay),
+      fmt::arg("every_state", p.every_state), fmt::arg("updates", p.updates), fmt::arg("tree", p.tree),
+      fmt::arg("v", p.value_dim), fmt::arg("group", p.value_heads / p.heads),
       fmt::arg("gate", to_string(p.gate)), fmt::arg("dt_bias", p.dt_bias),
       fmt::arg("sigmoid", p.beta_sigmoid), fmt::arg("twice", p.beta_times_two), fmt::arg("norm", p.qk_l2norm),
       fmt::arg("varlen", p.varlen), fmt::arg("backward", p.operation == Operation::backward),

@@ -6,7 +6,10 @@ namespace kda {
 
 const Family& family_of(Operation operation, Algorithm algorithm) {
   switch (algorithm) {
-  case Algorithm::token: return operation == Operation::backward ? kTokenBackwardFamily : kTokenFamily;
+  case Algorithm::token:
+    return operation == Operation::backward ? kTokenBackwardFamily
+           : operation == Operation::replay ? kReplayFamily
+                                            : kTokenFamily;
   case Algorithm::gate: return kGateFamily;
   case Algorithm::chunk: break;
   }
@@ -23,6 +26,7 @@ std::vector<Candidate> enumerate(const Problem& p, const Target& t) {
   case Operation::gate:
   case Operation::gate_backward: kGateFamily.enumerate(p, t, all); break;
   case Operation::recurrent: kTokenFamily.enumerate(p, t, all); break;
+  case Operation::replay: kReplayFamily.enumerate(p, t, all); break;
   case Operation::forward:
     kChunkForwardFamily.enumerate(p, t, all);
     kTokenFamily.enumerate(p, t, all);

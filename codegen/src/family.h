@@ -19,6 +19,7 @@ extern const Family kTokenFamily;         ///< recurrent.cu: operations recurren
 extern const Family kChunkForwardFamily;  ///< chunk_forward.cu
 extern const Family kChunkBackwardFamily; ///< chunk_backward.cu
 extern const Family kTokenBackwardFamily; ///< recurrent_backward.cu
+extern const Family kReplayFamily;        ///< replay.cu
 extern const Family kGateFamily;          ///< gate.cu: gate and gate_backward
 
 [[nodiscard]] const Family& family_of(Operation, Algorithm);

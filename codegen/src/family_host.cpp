@@ -10,7 +10,8 @@ namespace kda {
 namespace {
 
 bool is_recurrence(const Problem& p) {
-  return p.operation == Operation::forward || p.operation == Operation::recurrent;
+  return p.operation == Operation::forward || p.operation == Operation::recurrent ||
+         p.operation == Operation::replay;
 }
 
 std::int64_t items(const Problem& p, const Variant& v, const Sizes& s) {
@@ -21,7 +22,8 @@ std::int64_t items(const Problem& p, const Variant& v, const Sizes& s) {
   case Operation::gate_backward: return p.value_heads;
   default: break;
   }
-  const std::int64_t sequences = s.sequences + (p.varlen ? 1 : 0); // and the padding behind the last one
+  const bool padding = p.varlen && p.operation != Operation::replay; // behind the last sequence
+  const std::int64_t sequences = s.sequences + (padding ? 1 : 0);
   return sequences * p.value_heads * ((p.value_dim + v.rows - 1) / v.rows);
 }
 

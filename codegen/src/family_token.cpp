@@ -1,4 +1,4 @@
-// Sizes and launches of recurrent.cu.
+// Sizes and launches of recurrent.cu and replay.cu.
 #include "family.h"
 #include <algorithm>
 #include <cmath>
@@ -31,7 +31,8 @@ constexpr int state_floats(const Spread& spread, const Variant& v) {
 double registers(const Problem& p, const Spread& spread, const Variant& v) {
   const double words = spread.channels / 4.0 * (2 * size_of(p.dtype) + size_of(p.gate_dtype));
   const double pipeline = v.stages > 1 ? 3.0 * spread.channels + v.stages * words : 0;
-  return 68 + 1.45 * state_floats(spread, v) + pipeline;
+  const double addresses = p.updates && v.stages > 1 ? 20 : 0; // of what is kept
+  return 68 + 1.45 * state_floats(spread, v) + pipeline + addresses;
 }
 
 std::string reject(const Problem& p, const Target& t, const Variant& v) {
@@ -40,6 +41,7 @@ std::string reject(const Problem& p, const Target& t, const Variant& v) {
     return fmt::format("a warp works on {} rows at a time at K={}", spread.rows, p.key_dim);
   if (v.rows > std::max(padded(p.value_dim), spread.rows))
     return fmt::format("{} rows a warp are more than V={} has", v.rows, p.value_dim);
+  if (p.tree && v.stages > 1) return "the tokens of a tree are not in order: nothing to load ahead";
   constexpr double kMostRegisters = 248; // 255 with a margin for what the fit misses
   const double need = registers(p, spread, v);
   if (need > kMostRegisters) return fmt::format("needs about {:.0f} registers a thread of 255", need);
@@ -48,12 +50,13 @@ std::string reject(const Problem& p, const Target& t, const Variant& v) {
   return {};
 }
 
-std::vector<std::string> kernel_entries(const Problem&) {
-  return {"kda_recurrent"};
+std::vector<std::string> kernel_entries(const Problem& p) {
+  return {p.operation == Operation::replay ? "kda_replay" : "kda_recurrent"};
 }
 
 void variants(const Problem& p, const Target& t, std::vector<Candidate>& all) {
-  for (const int stages : {1, 4})
+  for (const int stages : {1, 4}) {
+    if (stages > 1 && p.operation == Operation::replay) continue; // one load a token, nothing to prepare
     for (const int rows : {1, 2, 4, 8, 16, 32})
       for (const int warps : {1, 4}) {
         Variant v;
@@ -63,11 +66,12 @@ void variants(const Problem& p, const Target& t, std::vector<Candidate>& all) {
         v.stages = stages;
         all.push_back({v, reject(p, t, v)});
       }
+  }
 }
 
 /// Warps of work: one a tile of rows of each state, and as many again for the padding behind packed tokens.
 std::int64_t units(const Problem& p, const Variant& v, const Sizes& s) {
-  const std::int64_t sequences = s.sequences + (p.varlen ? 1 : 0);
+  const std::int64_t sequences = s.sequences + (p.varlen && p.operation != Operation::replay ? 1 : 0);
   return sequences * p.value_heads * ((p.value_dim + v.rows - 1) / v.rows);
 }
 
@@ -126,5 +130,6 @@ double estimate(const Problem& p, const Variant& v, const Target& t, const Sizes
 } // namespace
 
 const Family kTokenFamily{"recurrent.cu", kernel_entries, variants, launch_list, buffers, estimate};
+const Family kReplayFamily{"replay.cu", kernel_entries, variants, launch_list, buffers, estimate};
 
 } // namespace kda

@@ -9,11 +9,12 @@ namespace {
 template <class E, std::size_t n>
 using Names = std::array<std::pair<E, const char*>, n>;
 
-constexpr Names<Operation, 5> kOperations{{{Operation::forward, "forward"},
+constexpr Names<Operation, 6> kOperations{{{Operation::forward, "forward"},
                                            {Operation::backward, "backward"},
                                            {Operation::recurrent, "recurrent"},
                                            {Operation::gate, "gate"},
-                                           {Operation::gate_backward, "gate_backward"}}};
+                                           {Operation::gate_backward, "gate_backward"},
+                                           {Operation::replay, "replay"}}};
 constexpr Names<DType, 3> kDTypes{{{DType::bf16, "bf16"}, {DType::fp16, "fp16"}, {DType::fp32, "fp32"}}};
 constexpr Names<IndexType, 2> kIndexTypes{{{IndexType::int32, "int32"}, {IndexType::int64, "int64"}}};
 constexpr Names<StateLayout, 2> kLayouts{{{StateLayout::k_v, "k_v"}, {StateLayout::v_k, "v_k"}}};
@@ -96,6 +97,9 @@ std::string to_string(const Problem& p) {
   if (p.qk_l2norm) s += " l2norm";
   if (p.varlen) s += fmt::format(" varlen/{}", to_string(p.cu_seqlens_type));
   if (p.state_pool) s += " pool";
+  if (p.every_state) s += " every_state";
+  if (p.updates) s += " updates";
+  if (p.tree) s += " tree";
   return s;
 }
 
@@ -120,10 +124,19 @@ Status validate(const Problem& p) {
   if (p.beta_times_two && !p.beta_sigmoid)
     return refuse(
         "beta_times_two doubles a sigmoid and needs beta_sigmoid; double an activated beta before the call");
-  if (p.state_pool && p.operation != Operation::recurrent)
-    return refuse(fmt::format("a state pool goes with the operation recurrent, not with {}; copy the states "
-                              "out of the pool and back",
-                              to_string(p.operation)));
+  const bool recurrent = p.operation == Operation::recurrent, replay = p.operation == Operation::replay;
+  if (p.state_pool && !recurrent && !replay)
+    return refuse(
+        fmt::format("a state pool goes with the operations recurrent and replay, not with {}; copy the "
+                    "states out of the pool and back",
+                    to_string(p.operation)));
+  if (p.every_state && !(recurrent && p.state_pool))
+    return refuse(
+        "every_state goes with the operation recurrent and a state pool, whose slots take the states");
+  if (p.updates && !recurrent) return refuse("updates are kept by the operation recurrent alone");
+  if (p.tree && !replay && !p.updates)
+    return refuse(
+        "a tree goes with replay, and with recurrent where updates are kept: branches start from them");
   return {};
 }
 

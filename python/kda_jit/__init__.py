@@ -13,7 +13,7 @@ import ctypes as C
 import os
 import pathlib
 
-OPERATIONS = ("forward", "backward", "recurrent", "gate", "gate_backward")
+OPERATIONS = ("forward", "backward", "recurrent", "gate", "gate_backward", "replay")
 DTYPES = ("bf16", "fp16", "fp32")
 INDEX_TYPES = ("int32", "int64")
 STATE_LAYOUTS = ("k_v", "v_k")
@@ -22,8 +22,9 @@ GATES = ("log_e", "log2", "softplus", "bounded", "bounded_no_a")
 TUNE = ("off", "cached", "on", "force")
 TENSORS = ("q k v g beta A_log dt_bias initial_state o final_state d_o d_final_state d_q d_k d_v d_g d_beta d_A_log "
            "d_dt_bias d_initial_state").split()
-TABLES = ("read_slots", "write_slots")
-API_VERSION = 2
+UPDATES = ("update_u", "update_k", "update_decay")
+TABLES = ("read_slots", "write_slots", "accepted", "parents")
+API_VERSION = 3
 
 
 class KdaError(RuntimeError):
@@ -40,7 +41,7 @@ class _EngineOptions(C.Structure):
 
 
 _PROBLEM = ("operation heads value_heads key_dim value_dim dtype gate_dtype beta_dtype state_dtype state_layout gate dt_bias "
-            "beta_sigmoid beta_times_two qk_l2norm varlen cu_seqlens_type state_pool").split()
+            "beta_sigmoid beta_times_two qk_l2norm varlen cu_seqlens_type state_pool every_state updates tree").split()
 
 
 class _Problem(C.Structure):
@@ -66,7 +67,7 @@ class _IndexTable(C.Structure):
 
 class _Args(C.Structure):
     _fields_ = ([("struct_size", C.c_uint32), ("scale", C.c_float), ("lower_bound", C.c_float), ("padding", C.c_int32)] +
-                [(name, _Tensor) for name in TENSORS] + [("cu_seqlens", _IndexTensor)] + [(name, _IndexTable) for name in TABLES] +
+                [(name, _Tensor) for name in TENSORS] + [("cu_seqlens", _IndexTensor)] + [(name, _Tensor) for name in UPDATES] + [(name, _IndexTable) for name in TABLES] +
                 [("slot_error", C.c_void_p)])
 
 
@@ -181,9 +182,9 @@ class Kernel:
         return size.value
 
     def bind(self, tensors, cu_seqlens=None, scale=0.0, lower_bound=-5.0, padding="none", slot_error=None, **tables):
-        """The C arguments of a call; keep the tensors alive as long as the result is used. With a state pool: the tables
-        read_slots and write_slots (int32 or int64, any strides), a padding policy, and slot_error, one int32."""
-        unknown = set(tensors) - set(TENSORS)
+        """The C arguments of a call; keep the tensors alive as long as the result is used. With a state pool: a padding
+        policy, slot_error (one int32) and the tables read_slots, write_slots, accepted, parents: int32 or int64, of any strides."""
+        unknown = set(tensors) - set(TENSORS) - set(UPDATES)
         if unknown:
             raise TypeError(f"unknown tensor {', '.join(sorted(unknown))}")
         unknown = set(tables) - set(TABLES)

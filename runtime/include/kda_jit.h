@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define KDA_JIT_API_VERSION 2
+#define KDA_JIT_API_VERSION 3
 
 typedef enum kda_code {
   KDA_OK = 0,
@@ -34,7 +34,8 @@ typedef enum kda_operation {
   KDA_BACKWARD = 1,
   KDA_RECURRENT = 2,
   KDA_GATE = 3,
-  KDA_GATE_BACKWARD = 4
+  KDA_GATE_BACKWARD = 4,
+  KDA_REPLAY = 5
 } kda_operation;
 typedef enum kda_dtype { KDA_BF16 = 0, KDA_FP16 = 1, KDA_FP32 = 2 } kda_dtype;
 typedef enum kda_index_type { KDA_INT32 = 0, KDA_INT64 = 1 } kda_index_type;
@@ -80,7 +81,7 @@ typedef struct kda_problem {
   int32_t operation, heads, value_heads, key_dim, value_dim;
   int32_t dtype, gate_dtype, beta_dtype, state_dtype, state_layout;
   int32_t gate, dt_bias, beta_sigmoid, beta_times_two, qk_l2norm, varlen, cu_seqlens_type;
-  int32_t state_pool;
+  int32_t state_pool, every_state, updates, tree;
 } kda_problem;
 
 typedef struct kda_sizes {
@@ -99,7 +100,7 @@ typedef struct kda_index_tensor {
   int64_t size;
 } kda_index_tensor;
 
-/* Whole numbers, [N]; strides are taken as they are. */
+/* Whole numbers, [N] or [N, columns]; strides are taken as they are. */
 typedef struct kda_index_table {
   const void* data; /* NULL: absent */
   int32_t dtype, rank;
@@ -116,7 +117,8 @@ typedef struct kda_args {
   kda_tensor q, k, v, g, beta, A_log, dt_bias, initial_state, o, final_state;
   kda_tensor d_o, d_final_state, d_q, d_k, d_v, d_g, d_beta, d_A_log, d_dt_bias, d_initial_state;
   kda_index_tensor cu_seqlens;
-  kda_index_table read_slots, write_slots;
+  kda_tensor update_u, update_k, update_decay;
+  kda_index_table read_slots, write_slots, accepted, parents;
   int32_t* slot_error;
 } kda_args;
 

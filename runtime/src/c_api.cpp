@@ -66,7 +66,7 @@ bool in_range(int32_t value, E last) {
 }
 
 Result<Problem> to_problem(const kda_problem& c) {
-  if (!in_range(c.operation, Operation::gate_backward) || !in_range(c.dtype, DType::fp32) ||
+  if (!in_range(c.operation, Operation::replay) || !in_range(c.dtype, DType::fp32) ||
       !in_range(c.gate_dtype, DType::fp32) || !in_range(c.beta_dtype, DType::fp32) ||
       !in_range(c.state_dtype, DType::fp32) || !in_range(c.state_layout, StateLayout::v_k) ||
       !in_range(c.gate, GateKind::bounded_no_a) || !in_range(c.cu_seqlens_type, IndexType::int64))
@@ -90,6 +90,9 @@ Result<Problem> to_problem(const kda_problem& c) {
   p.varlen = c.varlen != 0;
   p.cu_seqlens_type = static_cast<IndexType>(c.cu_seqlens_type);
   p.state_pool = c.state_pool != 0;
+  p.every_state = c.every_state != 0;
+  p.updates = c.updates != 0;
+  p.tree = c.tree != 0;
   return p;
 }
 
@@ -144,12 +147,17 @@ Args to_args(const kda_args& c) {
                                                            {&c.d_beta, &a.d_beta},
                                                            {&c.d_A_log, &a.d_A_log},
                                                            {&c.d_dt_bias, &a.d_dt_bias},
-                                                           {&c.d_initial_state, &a.d_initial_state}};
+                                                           {&c.d_initial_state, &a.d_initial_state},
+                                                           {&c.update_u, &a.update_u},
+                                                           {&c.update_k, &a.update_k},
+                                                           {&c.update_decay, &a.update_decay}};
   for (const auto& [from, to] : tensors)
     *to = to_tensor(*from);
   a.cu_seqlens = {c.cu_seqlens.data, to_enum(c.cu_seqlens.dtype, IndexType::int64), c.cu_seqlens.size};
   a.read_slots = to_table(c.read_slots);
   a.write_slots = to_table(c.write_slots);
+  a.accepted = to_table(c.accepted);
+  a.parents = to_table(c.parents);
   a.padding = to_enum(c.padding, PaddingPolicy::both);
   a.slot_error = c.slot_error;
   a.scale = c.scale;

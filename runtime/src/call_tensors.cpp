@@ -17,8 +17,8 @@ constexpr std::int64_t kBlock = 1'000'003;
 CallTensors::~CallTensors() {
   for (const auto& [name, buffer] : buffers_)
     backend_->release(buffer.tensor.data);
-  if (cu_data_ != nullptr) backend_->release(cu_data_);
-  if (slots_ != nullptr) backend_->release(slots_);
+  for (void* const table : tables_)
+    backend_->release(table);
 }
 
 Status CallTensors::add(const std::string& name, Tensor& slot, DType dtype,
@@ -42,8 +42,10 @@ Status CallTensors::add(const std::string& name, Tensor& slot, DType dtype,
     // A raw beta is a weight in (0, 1); a precomputed decay is not positive.
     const bool weight = name == "beta" && !problem_.beta_sigmoid;
     const bool decay = name == "g" && (problem_.gate == GateKind::log_e || problem_.gate == GateKind::log2);
+    const bool factor = name == "update_decay";
     for (double& x : block) {
       x = normal(engine);
+      if (factor) x = std::exp2(-std::abs(x));
       if (weight) x = std::min(std::abs(x), 1.0);
       if (decay) x = -std::abs(x);
     }
@@ -68,7 +70,8 @@ Status CallTensors::create(const Problem& p, const Sizes& s, std::uint64_t seed)
   const std::int64_t hv = p.value_heads, h = p.heads, k = p.key_dim, v = p.value_dim;
   const bool v_k = p.state_layout == StateLayout::v_k, gate = p.operation == Operation::gate;
   const bool gate_only = gate || p.operation == Operation::gate_backward,
-             backward = p.operation == Operation::backward;
+             backward = p.operation == Operation::backward, replay = p.operation == Operation::replay,
+             updates = replay || p.updates;
   const double unit = p.qk_l2norm ? 1.0 : 1.0 / std::sqrt(static_cast<double>(k));
   struct Spec {
     const char* name;
@@ -80,21 +83,28 @@ Status CallTensors::create(const Problem& p, const Sizes& s, std::uint64_t seed)
   };
   const std::initializer_list<std::int64_t> keys{s.batch, s.tokens, h, k}, gates{s.batch, s.tokens, hv, k},
       values{s.batch, s.tokens, hv, v}, betas{s.batch, s.tokens, hv},
-      states{s.sequences, hv, v_k ? v : k, v_k ? k : v}, per_head{hv}, per_channel{hv, k};
-  const bool full = !gate_only, forward = full && !backward,
+      states{s.sequences, hv, v_k ? v : k, v_k ? k : v},
+      finals{p.every_state ? s.batch * s.tokens : s.sequences, hv, v_k ? v : k, v_k ? k : v}, per_head{hv},
+      per_channel{hv, k};
+  const bool full = !gate_only && !replay, forward = full && !backward,
+             last = !p.tree || p.every_state || replay,
              gradients = backward || p.operation == Operation::gate_backward;
   const Spec specs[] = {
-      {"g", &args_.g, p.gate_dtype, gates, true, false, false, -1, 1.5},
+      {"g", &args_.g, p.gate_dtype, gates, !replay, false, false, -1, 1.5},
       {"q", &args_.q, p.dtype, keys, full, false, false, 0, unit},
       {"k", &args_.k, p.dtype, keys, full, false, false, 0, unit},
       {"v", &args_.v, p.dtype, values, full, false, false, 0, 1},
       {"beta", &args_.beta, p.beta_dtype, betas, full, false, false, 0, 1},
-      {"A_log", &args_.A_log, DType::fp32, per_head, reads_a_log(p.gate), false, false, 0.3, 0.5},
-      {"dt_bias", &args_.dt_bias, DType::fp32, per_channel, p.dt_bias, false, false, -1, 1},
-      {"initial_state", &args_.initial_state, p.state_dtype, states, full, false, true, 0, 0.5},
+      {"A_log", &args_.A_log, DType::fp32, per_head, reads_a_log(p.gate) && !replay, false, false, 0.3, 0.5},
+      {"dt_bias", &args_.dt_bias, DType::fp32, per_channel, p.dt_bias && !replay, false, false, -1, 1},
+      {"initial_state", &args_.initial_state, p.state_dtype, states, full || replay, false, true, 0, 0.5},
       {"o", &args_.o, gate ? DType::fp32 : p.dtype, gate ? gates : values, forward || gate, true, false, 0,
        0},
-      {"final_state", &args_.final_state, p.state_dtype, states, forward, true, true, 0, 0},
+      {"update_u", &args_.update_u, DType::fp32, values, updates, !replay, false, 0, 1},
+      {"update_k", &args_.update_k, DType::fp32, keys, updates, !replay, false, 0, 1 / std::sqrt(k)},
+      {"update_decay", &args_.update_decay, DType::fp32, gates, updates, !replay, false, 0, 1},
+      {"final_state", &args_.final_state, p.state_dtype, finals, (forward || replay) && last, true, true, 0,
+       0},
       {"d_o", &args_.d_o, backward ? p.dtype : DType::fp32, backward ? values : gates, gradients, false,
        false, 0, 1},
       {"d_final_state", &args_.d_final_state, p.state_dtype, states, backward, false, true, 0, 0.5},
@@ -110,32 +120,74 @@ Status CallTensors::create(const Problem& p, const Sizes& s, std::uint64_t seed)
     if (x.wanted)
       if (Status ok = add(x.name, *x.slot, x.dtype, x.shape, x.output, x.state, x.mean, x.deviation); !ok)
         return ok;
-  if (p.state_pool)
-    if (Status ok = add_slots(); !ok) return ok;
+  cu_seqlens_.clear();
+  if (p.varlen)
+    for (std::int64_t n = 0; n <= s.sequences; ++n)
+      cu_seqlens_.push_back(s.tokens * n / std::max<std::int64_t>(s.sequences, 1));
+  if (Status ok = add_tables(); !ok) return ok;
   if (!p.varlen) return {};
-  for (std::int64_t n = 0; n <= s.sequences; ++n)
-    cu_seqlens_.push_back(s.tokens * n / std::max<std::int64_t>(s.sequences, 1));
-  std::vector<std::int32_t> narrow(cu_seqlens_.begin(), cu_seqlens_.end());
-  const bool wide = p.cu_seqlens_type == IndexType::int64;
-  const std::size_t bytes = cu_seqlens_.size() * (wide ? 8 : 4);
-  const auto data = backend_->allocate(bytes);
+  const auto data = upload(cu_seqlens_, p.cu_seqlens_type);
   if (!data) return tl::unexpected(data.error());
-  cu_data_ = *data;
-  args_.cu_seqlens = {cu_data_, p.cu_seqlens_type, static_cast<std::int64_t>(cu_seqlens_.size())};
-  return backend_->copy_to_device(cu_data_,
-                                  wide ? static_cast<const void*>(cu_seqlens_.data()) : narrow.data(), bytes);
+  args_.cu_seqlens = {*data, p.cu_seqlens_type, static_cast<std::int64_t>(cu_seqlens_.size())};
+  return {};
 }
 
-/// The state of sequence n in slot n.
-Status CallTensors::add_slots() {
-  std::vector<std::int32_t> slots(static_cast<std::size_t>(sizes_.sequences));
-  std::iota(slots.begin(), slots.end(), 0);
-  const std::size_t bytes = slots.size() * sizeof(std::int32_t);
+Result<void*> CallTensors::upload(const std::vector<std::int64_t>& numbers, IndexType type) {
+  const bool wide = type == IndexType::int64;
+  const std::vector<std::int32_t> narrow(numbers.begin(), numbers.end());
+  const std::size_t bytes = numbers.size() * (wide ? 8 : 4);
   const auto data = backend_->allocate(bytes);
-  if (!data) return tl::unexpected(data.error());
-  slots_ = *data;
-  args_.read_slots = args_.write_slots = contiguous_table(slots_, IndexType::int32, {sizes_.sequences});
-  return backend_->copy_to_device(slots_, slots.data(), bytes);
+  if (!data) return data;
+  tables_.push_back(*data);
+  const void* const from = wide ? static_cast<const void*>(numbers.data()) : narrow.data();
+  if (const Status ok = backend_->copy_to_device(*data, from, bytes); !ok) return tl::unexpected(ok.error());
+  return data;
+}
+
+/// The state of sequence n in slot n, the state after token t (counted over all rows) in slot t; a binary
+/// tree of tokens; all tokens are accepted.
+Status CallTensors::add_tables() {
+  const Problem& p = problem_;
+  const std::int64_t n = sizes_.sequences;
+  std::vector<std::int64_t> slots(static_cast<std::size_t>(n)), first(slots), places;
+  std::iota(slots.begin(), slots.end(), 0);
+  std::int64_t columns = 1;
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    first[i] = p.varlen ? cu_seqlens_[i] : static_cast<std::int64_t>(i) * sizes_.tokens;
+    const std::int64_t length = p.varlen ? cu_seqlens_[i + 1] - cu_seqlens_[i] : sizes_.tokens;
+    accepted_.push_back(length);
+    columns = std::max(columns, length);
+    if (p.operation == Operation::replay && length == 0)
+      return fail(ErrorCode::invalid_argument, "a replay is tried with one token a sequence or more");
+  }
+  std::vector<std::int64_t> parents;
+  for (const std::int64_t begin : first)
+    for (std::int64_t t = 0; t < columns; ++t) {
+      places.push_back(begin + t);
+      parents.push_back(t == 0 ? -1 : (t - 1) / 2);
+    }
+  const auto give = [&](bool wanted, IndexTable& table, const std::vector<std::int64_t>& numbers,
+                        bool by_token) -> Status {
+    if (!wanted) return {};
+    const auto data = upload(numbers, IndexType::int32);
+    if (!data) return tl::unexpected(data.error());
+    table = by_token ? contiguous_table(*data, IndexType::int32, {n, columns})
+                     : contiguous_table(*data, IndexType::int32, {n});
+    return {};
+  };
+  if (p.tree) {
+    for (std::size_t i = 0; i < first.size(); ++i)
+      for (std::int64_t t = 0; t < accepted_[i]; ++t)
+        parents_.push_back(parents[i * static_cast<std::size_t>(columns) + static_cast<std::size_t>(t)]);
+    parents_.resize(static_cast<std::size_t>(sizes_.batch * sizes_.tokens), -1);
+  }
+  if (Status ok = give(p.state_pool, args_.read_slots, slots, false); !ok) return ok;
+  if (Status ok = give(p.state_pool && args_.final_state.data != nullptr, args_.write_slots,
+                       p.every_state ? places : slots, p.every_state);
+      !ok)
+    return ok;
+  if (Status ok = give(p.operation == Operation::replay, args_.accepted, accepted_, false); !ok) return ok;
+  return give(p.tree, args_.parents, parents, true);
 }
 
 Status CallTensors::poison() const {
@@ -195,6 +247,13 @@ Result<reference::OutputGradients> CallTensors::reference_output_gradients() con
   if (!d_o) return tl::unexpected(d_o.error());
   if (!d_final) return tl::unexpected(d_final.error());
   return reference::OutputGradients{std::move(*d_o), std::move(*d_final)};
+}
+
+Result<reference::Verified> CallTensors::reference_updates() const {
+  auto u = read("update_u"), k = read("update_k"), decay = read("update_decay");
+  for (const auto* x : {&u, &k, &decay})
+    if (!*x) return tl::unexpected(x->error());
+  return reference::Verified{{}, {}, std::move(*u), std::move(*k), std::move(*decay)};
 }
 
 Result<bool> CallTensors::inputs_preserved() const {

@@ -26,6 +26,10 @@ public:
   /// What the device read, rounded as there.
   [[nodiscard]] Result<reference::Inputs> reference_inputs() const;
   [[nodiscard]] Result<reference::OutputGradients> reference_output_gradients() const;
+  /// Of a replay: what it was given.
+  [[nodiscard]] Result<reference::Verified> reference_updates() const;
+  [[nodiscard]] const std::vector<std::int64_t>& accepted() const { return accepted_; }
+  [[nodiscard]] const std::vector<std::int64_t>& parents() const { return parents_; }
   /// False when a call changed one of its inputs.
   [[nodiscard]] Result<bool> inputs_preserved() const;
 
@@ -38,7 +42,9 @@ private:
   };
   Status add(const std::string& name, Tensor& slot, DType dtype, std::initializer_list<std::int64_t> shape,
              bool output, bool state, double mean, double deviation);
-  Status add_slots();
+  /// Numbers on the device.
+  [[nodiscard]] Result<void*> upload(const std::vector<std::int64_t>& numbers, IndexType type);
+  Status add_tables();
   [[nodiscard]] Result<reference::Array> read(const std::string& name) const;
 
   std::shared_ptr<const Backend> backend_;
@@ -46,8 +52,8 @@ private:
   Sizes sizes_;
   Args args_;
   std::uint64_t seed_ = 0;
-  std::vector<std::int64_t> cu_seqlens_;
-  void *cu_data_ = nullptr, *slots_ = nullptr;
+  std::vector<std::int64_t> cu_seqlens_, accepted_, parents_; ///< parents_: as reference::verify has them
+  std::vector<void*> tables_;
   std::map<std::string, Buffer> buffers_;
 };
 

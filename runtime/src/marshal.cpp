@@ -8,6 +8,8 @@ namespace kda {
 namespace {
 
 using Shape = std::array<std::int64_t, 4>;
+constexpr std::int64_t kMostColumns = 1 << 20; ///< of a table
+constexpr std::int64_t kMostTreeTokens = 64;   ///< the kernels keep a path in the bits of a word
 
 tl::unexpected<Error> refuse(const char* name, std::string_view why) {
   return fail(ErrorCode::invalid_argument, fmt::format("{} {}", name, why));
@@ -65,6 +67,8 @@ public:
     if (Status ok = inputs(); !ok) return ok;
     if (Status ok = parameters(); !ok) return ok;
     if (Status ok = pool(); !ok) return ok;
+    if (Status ok = drafts(); !ok) return ok;
+    if (Status ok = updates(); !ok) return ok;
     return p_.operation == Operation::backward || p_.operation == Operation::gate_backward ? gradients()
                                                                                            : outputs();
   }
@@ -74,13 +78,15 @@ private:
     return p_.operation == Operation::gate || p_.operation == Operation::gate_backward;
   }
 
-  /// T and B come from g, which every operation has.
+  /// T and B come from g, which every operation has but replay: there from the decay.
   Status read_sizes() {
-    if (a_.g.data == nullptr && (a_.g.rank != 4 || a_.g.shape[1] != 0))
-      return refuse("g", "is required and absent");
-    if (a_.g.rank != 4) return refuse("g", fmt::format("has rank {}, expected 4: [B, T, HV, K]", a_.g.rank));
-    s_.batch = a_.g.shape[0];
-    s_.tokens = a_.g.shape[1];
+    const bool replay = p_.operation == Operation::replay;
+    const char* const name = replay ? "update_decay" : "g";
+    const Tensor& g = replay ? a_.update_decay : a_.g;
+    if (g.data == nullptr && (g.rank != 4 || g.shape[1] != 0)) return refuse(name, "is required and absent");
+    if (g.rank != 4) return refuse(name, fmt::format("has rank {}, expected 4: [B, T, HV, K]", g.rank));
+    s_.batch = g.shape[0];
+    s_.tokens = g.shape[1];
     s_.sequences = s_.batch;
     if (!p_.varlen) {
       if (a_.cu_seqlens.data != nullptr)
@@ -161,50 +167,111 @@ private:
     out = {t.data, stride[0], stride[1]};
     return {};
   }
-  Status table(const char* name, const IndexTable& t, NumberTable& out) {
+  Status table(const char* name, const IndexTable& t, bool columns, NumberTable& out) {
     const bool wide = t.dtype == IndexType::int64;
     if (!wide && t.dtype != IndexType::int32) return refuse(name, "must be int32 or int64");
-    if (t.rank != 1) return refuse(name, fmt::format("has rank {}, expected 1: [N]", t.rank));
+    if (t.rank != 1 && !(columns && t.rank == 2))
+      return refuse(name, fmt::format("has rank {}, expected {}", t.rank,
+                                      columns ? "1 or 2: [N] or [N, columns]" : "1: [N]"));
     if (t.shape[0] != s_.sequences)
       return refuse(name,
                     fmt::format("has {} elements, expected {}: one a sequence", t.shape[0], s_.sequences));
-    if (t.stride[0] == 0 && t.shape[0] > 1)
-      return refuse(name, "has stride 0: give every sequence a number of its own, and contiguous numbers "
-                          "stride 1");
+    if (t.rank == 2 && (t.shape[1] < 1 || t.shape[1] > kMostColumns))
+      return refuse(name, fmt::format("has {} columns, expected 1 to {}", t.shape[1], kMostColumns));
+    for (int i = 0; i < t.rank; ++i)
+      if (t.stride[i] == 0 && t.shape[i] > 1)
+        return refuse(name, "has stride 0: give every element a place of its own, and contiguous numbers "
+                            "stride 1");
     if (reinterpret_cast<std::uintptr_t>(t.data) % (wide ? 8U : 4U) != 0)
       return refuse(name, "is at an address that is not a multiple of its element size");
-    out = {t.data, t.stride[0], wide ? 1 : 0};
+    const bool matrix = t.rank == 2;
+    out = {t.data, t.stride[0], matrix ? t.stride[1] : 0, matrix ? static_cast<int>(t.shape[1]) : 1,
+           wide ? 1 : 0};
     return {};
   }
+  /// A table by token: a batch row of T tokens needs T columns. (Packed lengths are the kernel's to check.)
+  Status token_columns(const char* name, const NumberTable& t) {
+    if (p_.varlen || s_.sequences == 0 || t.columns >= s_.tokens) return {};
+    return refuse(name, fmt::format("has {} columns for {} tokens a sequence", t.columns, s_.tokens));
+  }
   /// The slot numbers that go with `state`.
-  Status slots(const char* name, const IndexTable& t, const Tensor& state, NumberTable& out,
+  Status slots(const char* name, const IndexTable& t, bool columns, const Tensor& state, NumberTable& out,
                long long& pool) {
     if (state.data == nullptr)
       return t.data == nullptr ? Status{} : refuse(name, "is given without its states");
     pool = state.shape[0];
-    if (t.data != nullptr) return table(name, t, out);
+    if (t.data != nullptr) return table(name, t, columns, out);
     return s_.sequences == 0 ? Status{} : refuse(name, "is required by a state pool and absent");
   }
   Status pool() {
-    if (p_.state_pool) {
-      constexpr int kBits[] = {0, kSkipNegative, kSkipZero, kSkipNegative | kSkipZero};
-      if (a_.padding > PaddingPolicy::both)
-        return refuse("padding", "is not one of none, negative, zero and both");
-      if (reinterpret_cast<std::uintptr_t>(a_.slot_error) % 4 != 0)
-        return refuse("slot_error", "is at an address that is not a multiple of 4 bytes");
-      out_.padding = kBits[static_cast<int>(a_.padding)];
-      out_.slot_error = a_.slot_error;
-      if (Status ok = slots("read_slots", a_.read_slots, a_.initial_state, out_.read_slots, out_.read_pool);
-          !ok)
-        return ok;
-      return slots("write_slots", a_.write_slots, a_.final_state, out_.write_slots, out_.write_pool);
+    if (!p_.state_pool) {
+      const char* const given = a_.read_slots.data != nullptr       ? "read_slots"
+                                : a_.write_slots.data != nullptr    ? "write_slots"
+                                : a_.padding != PaddingPolicy::none ? "padding"
+                                                                    : nullptr;
+      return given == nullptr ? Status{} : refuse(given, "is given, but the problem has no state pool");
     }
-    const char* const given = a_.read_slots.data != nullptr       ? "read_slots"
-                              : a_.write_slots.data != nullptr    ? "write_slots"
-                              : a_.padding != PaddingPolicy::none ? "padding"
-                              : a_.slot_error != nullptr          ? "slot_error"
-                                                                  : nullptr;
-    return given == nullptr ? Status{} : refuse(given, "is given, but the problem has no state pool");
+    constexpr int kBits[] = {0, kSkipNegative, kSkipZero, kSkipNegative | kSkipZero};
+    if (a_.padding > PaddingPolicy::both)
+      return refuse("padding", "is not one of none, negative, zero and both");
+    out_.padding = kBits[static_cast<int>(a_.padding)];
+    const bool replay = p_.operation == Operation::replay;
+    if (Status ok =
+            slots("read_slots", a_.read_slots, !replay, a_.initial_state, out_.read_slots, out_.read_pool);
+        !ok)
+      return ok;
+    if (out_.read_slots.columns > 1 && a_.accepted.data == nullptr)
+      return refuse("accepted", "is required to choose among the columns of read_slots");
+    if (Status ok = slots("write_slots", a_.write_slots, p_.every_state, a_.final_state, out_.write_slots,
+                          out_.write_pool);
+        !ok)
+      return ok;
+    if (!p_.every_state || a_.final_state.data == nullptr) return {};
+    return token_columns("write_slots", out_.write_slots);
+  }
+  /// Accepted counts, parents, and the word for what a kernel refuses.
+  Status drafts() {
+    const bool replay = p_.operation == Operation::replay;
+    if (a_.accepted.data != nullptr) {
+      if (!replay && (!p_.state_pool || a_.read_slots.data == nullptr))
+        return refuse("accepted", "is given, but there are no read_slots to choose from");
+      if (Status ok = table("accepted", a_.accepted, false, out_.accepted); !ok) return ok;
+    } else if (replay && s_.sequences != 0) {
+      return refuse("accepted", "is required by replay and absent");
+    }
+    if (!p_.tree && a_.parents.data != nullptr)
+      return refuse("parents", "is given, but the problem is not a tree");
+    if (p_.tree && s_.sequences != 0) {
+      if (a_.parents.data == nullptr) return refuse("parents", "is required by a tree and absent");
+      if (Status ok = table("parents", a_.parents, true, out_.parents); !ok) return ok;
+      if (Status ok = token_columns("parents", out_.parents); !ok) return ok;
+      if (!p_.varlen && s_.tokens > kMostTreeTokens)
+        return refuse("parents",
+                      fmt::format("describes {} tokens; a tree has at most {}", s_.tokens, kMostTreeTokens));
+    }
+    if (p_.tree && !replay && !p_.every_state && a_.final_state.data != nullptr)
+      return refuse("final_state", "is given, but a tree has no last state: ask for every_state, or replay");
+    if (a_.slot_error == nullptr) return {};
+    if (!p_.state_pool && !p_.tree && !replay)
+      return refuse("slot_error", "is given, but the problem has no table that could be wrong");
+    if (reinterpret_cast<std::uintptr_t>(a_.slot_error) % 4 != 0)
+      return refuse("slot_error", "is at an address that is not a multiple of 4 bytes");
+    out_.slot_error = a_.slot_error;
+    return {};
+  }
+  Status updates() {
+    if (!p_.updates && p_.operation != Operation::replay) {
+      if (a_.update_u.data == nullptr && a_.update_k.data == nullptr && a_.update_decay.data == nullptr)
+        return {};
+      return refuse("update_u", "or update_k or update_decay is given, but the problem keeps no updates");
+    }
+    if (Status ok = tokens("update_u", a_.update_u, DType::fp32, p_.value_heads, p_.value_dim, out_.update_u);
+        !ok)
+      return ok;
+    if (Status ok = tokens("update_k", a_.update_k, DType::fp32, p_.heads, p_.key_dim, out_.update_k); !ok)
+      return ok;
+    return tokens("update_decay", a_.update_decay, DType::fp32, p_.value_heads, p_.key_dim,
+                  out_.update_decay);
   }
   template <class T>
   Status vector(const char* name, const Tensor& t, bool needed, bool per_channel, T*& out) {
@@ -221,6 +288,8 @@ private:
   }
 
   Status inputs() {
+    if (p_.operation == Operation::replay)
+      return state("initial_state", a_.initial_state, out_.initial_state);
     if (Status ok = tokens("g", a_.g, p_.gate_dtype, p_.value_heads, p_.key_dim, out_.g); !ok) return ok;
     if (gate_only()) return {};
     if (Status ok = tokens("q", a_.q, p_.dtype, p_.heads, p_.key_dim, out_.q); !ok) return ok;
@@ -230,6 +299,7 @@ private:
     return state("initial_state", a_.initial_state, out_.initial_state);
   }
   Status parameters() {
+    if (p_.operation == Operation::replay) return {};
     if (Status ok = vector("A_log", a_.A_log, reads_a_log(p_.gate), false, out_.A_log); !ok) return ok;
     if (!p_.dt_bias && a_.dt_bias.data != nullptr)
       return refuse("dt_bias", "is given, but the problem has no dt_bias");
@@ -238,7 +308,12 @@ private:
   Status outputs() {
     if (p_.operation == Operation::gate)
       return tokens("o", a_.o, DType::fp32, p_.value_heads, p_.key_dim, out_.o);
-    if (Status ok = tokens("o", a_.o, p_.dtype, p_.value_heads, p_.value_dim, out_.o); !ok) return ok;
+    if (p_.operation == Operation::replay) {
+      if (a_.final_state.data == nullptr && s_.sequences != 0)
+        return refuse("final_state", "is required by replay and absent");
+    } else if (Status ok = tokens("o", a_.o, p_.dtype, p_.value_heads, p_.value_dim, out_.o); !ok) {
+      return ok;
+    }
     return state("final_state", a_.final_state, out_.final_state);
   }
   Status gradients() {

@@ -69,9 +69,17 @@ double compulsory_bytes(const Problem& p, const Sizes& s) {
   switch (p.operation) {
   case Operation::gate: return g + rows * p.value_heads * p.key_dim * 4;
   case Operation::gate_backward: return 2 * g + rows * p.value_heads * p.key_dim * 4;
+  case Operation::replay:
+    return 4 * rows * (p.heads * p.key_dim + p.value_heads * (p.key_dim + p.value_dim)) + 2 * state;
   case Operation::backward: return 2 * (2 * q + v + g + beta) + v + 3 * state;
-  default: return 2 * q + 2 * v + g + beta + 2 * state;
+  default: break;
   }
+  const double kept =
+      p.updates ? 4 * rows * (p.heads * p.key_dim + p.value_heads * (p.key_dim + p.value_dim)) : 0;
+  const double states = p.every_state ? 1 + rows / std::max<double>(1, static_cast<double>(s.sequences))
+                        : p.tree      ? 1
+                                      : 2;
+  return 2 * q + 2 * v + g + beta + kept + states * state;
 }
 
 class Tuning {
@@ -176,9 +184,11 @@ private:
 
   /// Every candidate against the device's token kernel on all heads; that kernel first against float64 on
   /// one group of heads (kernel texts do not know head counts), which is small enough for it. 150 tokens are
-  /// no whole number of chunks. The gate has no token kernel: there the untuned choice stands in.
+  /// no whole number of chunks; drafts are a few, each perhaps with a state of its own. The gate has no token
+  /// kernel: there the untuned choice stands in.
   Status validate(const Progress& progress) {
-    const Sizes sizes{p_.varlen ? 1 : 2, 150, p_.varlen ? 3 : 2};
+    const bool drafts = p_.every_state || p_.tree || p_.operation == Operation::replay;
+    const Sizes sizes{p_.varlen ? 1 : 2, drafts ? 33 : 150, p_.varlen ? 3 : 2};
     const auto reference = device_reference(sizes);
     if (!reference) return tl::unexpected(reference.error());
     if (*reference == nullptr) {
@@ -262,6 +272,14 @@ private:
            {"d_A_log", d.d_A_log},
            {"d_dt_bias", d.d_dt_bias},
            {"d_initial_state", d.d_initial_state}};
+    } else if (p_.operation == Operation::replay) {
+      const auto updates = tensors.reference_updates();
+      if (!updates) return tl::unexpected(updates.error());
+      e["final_state"] = reference::replay(*in, *updates, tensors.accepted(), tensors.parents());
+    } else if (p_.updates || p_.every_state) {
+      const reference::Verified x = reference::verify(*in, tensors.parents());
+      e = {{"o", x.o}, {"update_u", x.u}, {"update_k", x.k}, {"update_decay", x.decay}};
+      e["final_state"] = p_.every_state ? x.states : reference::recurrence(*in).final_state;
     } else {
       const reference::Outputs out = reference::recurrence(*in);
       e = {{"o", out.o}, {"final_state", out.final_state}};

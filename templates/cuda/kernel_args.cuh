@@ -22,10 +22,11 @@ struct StateTensor {
   void* data;
   long long stride_sequence, stride_head;
 };
-/// Whole numbers by sequence.
+/// Whole numbers by sequence and column.
 struct NumberTable {
   const void* data;
-  long long stride_sequence;
+  long long stride_sequence, stride_column;
+  int columns;
   int wide; // 0: int32, 1: int64
 };
 /// Slot numbers that mean padding: bits of KernelArgs::padding.
@@ -45,12 +46,16 @@ struct KernelArgs {
   int batch, sequences, heads, value_heads;
   float scale, lower_bound;
   void* workspace[24]; // slots of codegen's workspace_layout
+  // Problem::updates: out, replay: in. fp32 [B, T, HV, V], [B, T, H, K], [B, T, HV, K].
+  TokenTensor update_u, update_k, update_decay;
   // With a state pool: the slots that sequences read and write, null where initial_state and final_state are,
   // and how many slots each has.
   NumberTable read_slots, write_slots;
   long long read_pool, write_pool;
-  int padding;     // bits of Padding
-  int* slot_error; // maximum with 1 + a refused sequence; may be null
+  NumberTable accepted; // 1 + the last accepted token; null: read_slots has one column
+  NumberTable parents;  // Problem::tree: by token, -1 for a root
+  int padding;          // bits of Padding
+  int* slot_error;      // maximum with 1 + a refused sequence; may be null
 };
 
 } // namespace kda

@@ -5,61 +5,15 @@
 // for another. K lies across the lanes. Per token and row: S' = d S, then a = k.S' and b = q.S' in one
 // reduction, u = beta (v - a), S = S' + k u, and o = b + (q.k) u, which needs no second reduction after the
 // update.
-#include "kernel_args.cuh"
-#include "primitives/vote.cuh"
+#include "recurrent/places.cuh"
+#include "recurrent/state.cuh"
 #include "stages/gate.cuh"
-#include "stages/token_load.cuh"
 
 namespace kda {
 
 using Element = Config::Element;
 using Gate = Config::Gate;
 using Beta = Config::Beta;
-using State = Config::State;
-using Spread = RowSpread<Config::K>;
-
-constexpr int kLanes = Spread::lanes;
-constexpr int kChannels = Spread::elements;        // of K, held by a lane
-constexpr int kRows = Config::rows / Spread::rows; // of V, held by a lane
-constexpr int kTiles = (Config::V + Config::rows - 1) / Config::rows;
-static_assert(kRows >= 1 && (kRows & (kRows - 1)) == 0);
-// The reduction leaves kSlots of its 2 * kRows sums in a lane, the same ones in kSpan neighbouring lanes: a
-// of some rows in the lower half of the lanes of a row, b of the same rows in the upper half.
-constexpr int kSlots = 2 * kRows > kLanes ? 2 * kRows / kLanes : 1;
-constexpr int kSpan = 2 * kRows < kLanes ? kLanes / (2 * kRows) : 1;
-
-/// What a warp works on.
-struct Work {
-  i64 sequence, batch, begin, end; ///< tokens [begin, end) of batch row `batch`
-  int value_head;
-  int lane, part; ///< lane of a row of K; which of Spread::rows
-  int row;        ///< first V row of this lane
-  int sum_row;    ///< first V row whose sums this lane gets
-};
-
-KDA_DEVICE Work find_work(const KernelArgs& args, i64 unit) {
-  Work w;
-  const int tile = static_cast<int>(unit % kTiles);
-  unit /= kTiles;
-  w.value_head = static_cast<int>(unit % args.value_heads);
-  w.sequence = unit / args.value_heads;
-  w.lane = lane_index() % kLanes;
-  w.part = lane_index() / kLanes;
-  w.row = tile * Config::rows + w.part * kRows;
-  w.sum_row = w.row + w.lane % (kLanes / 2) / kSpan * kSlots;
-  if constexpr (Config::varlen) {
-    // The sequence after the last one is the padding behind the packed tokens.
-    const auto* cu = static_cast<const Config::Index*>(args.cu_seqlens);
-    w.batch = 0;
-    w.begin = cu[w.sequence];
-    w.end = w.sequence < args.sequences ? static_cast<i64>(cu[w.sequence + 1]) : args.tokens;
-  } else {
-    w.batch = w.sequence;
-    w.begin = 0;
-    w.end = args.tokens;
-  }
-  return w;
-}
 
 /// Zeros this warp's rows of o.
 KDA_DEVICE void zero_output(const KernelArgs& args, const Work& w) {
@@ -69,115 +23,6 @@ KDA_DEVICE void zero_output(const KernelArgs& args, const Work& w) {
     if (row < Config::V)
       row_of<Element>(args.o, w.batch, w.begin + i / Config::rows, w.value_head)[row] =
           from_float<Element>(0.f);
-  }
-}
-
-/// Which states of the two tensors a sequence reads and writes.
-struct Places {
-  i64 read, write; ///< write: kNowhere when nothing is kept
-  bool runs;       ///< false: padding or refused, o is 0 and no state is touched
-};
-constexpr i64 kNowhere = -1;
-
-KDA_DEVICE bool is_padding(const KernelArgs& args, i64 slot) {
-  return ((args.padding & kSkipNegative) != 0 && slot < 0) || ((args.padding & kSkipZero) != 0 && slot == 0);
-}
-KDA_DEVICE i64 number_of(const NumberTable& table, i64 sequence) {
-  const i64 at = sequence * table.stride_sequence;
-  return table.wide != 0 ? static_cast<const i64*>(table.data)[at] : static_cast<const int*>(table.data)[at];
-}
-KDA_DEVICE bool outside(i64 slot, i64 slots) {
-  return static_cast<u64>(slot) >= static_cast<u64>(slots);
-}
-
-KDA_DEVICE Places find_places(const KernelArgs& args, const Work& w) {
-  if constexpr (Config::pool) {
-    const bool reads = args.initial_state.data != nullptr, writes = args.final_state.data != nullptr;
-    const i64 read = reads ? number_of(args.read_slots, w.sequence) : kNowhere;
-    const i64 write = writes ? number_of(args.write_slots, w.sequence) : kNowhere;
-    if ((reads && is_padding(args, read)) || (!reads && writes && is_padding(args, write)))
-      return {0, kNowhere, false};
-    const bool keeps = writes && !is_padding(args, write);
-    if ((reads && outside(read, args.read_pool)) || (keeps && outside(write, args.write_pool))) {
-      const bool reports = w.value_head == 0 && w.row == 0 && lane_index() == 0; // one of all its warps
-      if (reports && args.slot_error != nullptr)
-        atomic_max(args.slot_error, static_cast<int>(w.sequence) + 1);
-      return {0, kNowhere, false};
-    }
-    return {read, keeps ? write : kNowhere, true};
-  } else {
-    return {w.sequence, w.sequence, true};
-  }
-}
-
-KDA_DEVICE i64 state_offset(const StateTensor& state, i64 place, const Work& w) {
-  return place * state.stride_sequence + w.value_head * state.stride_head;
-}
-
-KDA_DEVICE void load_state(const StateTensor& tensor, i64 place, const Work& w,
-                           float (&state)[kRows][kChannels]) {
-  const State* base = static_cast<const State*>(tensor.data);
-  const bool present = base != nullptr;
-  if (present) base += state_offset(tensor, place, w);
-#pragma unroll
-  for (int j = 0; j < Spread::groups; ++j) {
-    const int channel = Spread::channel(w.lane, j);
-    const bool valid = present && Spread::valid(w.lane, j);
-    if constexpr (Config::state_v_k) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        widen<State>(load_raw(base + (w.row + r) * Config::K + channel, valid && w.row + r < Config::V),
-                     state[r] + 4 * j);
-    } else if constexpr (kRows % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int r = 0; r < kRows; r += 4) {
-          float x[4];
-          widen<State>(load_raw(base + (channel + i) * Config::V + w.row + r, valid && w.row + r < Config::V),
-                       x);
-#pragma unroll
-          for (int n = 0; n < 4; ++n)
-            state[r + n][4 * j + i] = x[n];
-        }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-          state[r][4 * j + i] =
-              valid && w.row + r < Config::V ? to_float(base[(channel + i) * Config::V + w.row + r]) : 0.f;
-    }
-  }
-}
-
-KDA_DEVICE void store_state(const StateTensor& tensor, i64 place, const Work& w,
-                            const float (&state)[kRows][kChannels]) {
-  if (tensor.data == nullptr || place == kNowhere) return;
-  State* base = static_cast<State*>(tensor.data) + state_offset(tensor, place, w);
-#pragma unroll
-  for (int j = 0; j < Spread::groups; ++j) {
-    if (!Spread::valid(w.lane, j)) continue;
-    const int channel = Spread::channel(w.lane, j);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (w.row + r >= Config::V) continue;
-      if constexpr (Config::state_v_k) {
-        store4(base + (w.row + r) * Config::K + channel, state[r] + 4 * j);
-      } else if constexpr (kRows % 4 == 0) {
-        if (r % 4 != 0) continue;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float x[4] = {state[r][4 * j + i], state[r + 1][4 * j + i], state[r + 2][4 * j + i],
-                              state[r + 3][4 * j + i]};
-          store4(base + (channel + i) * Config::V + w.row + r, x);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          base[(channel + i) * Config::V + w.row + r] = from_float<State>(state[r][4 * j + i]);
-      }
-    }
   }
 }
 
@@ -301,8 +146,9 @@ KDA_DEVICE void reduce_scatter(float* x, int lane) {
   if constexpr (mask > 1) reduce_scatter<(count + 1) / 2, mask / 2>(x, lane);
 }
 
-/// Advances the state by one token and writes o.
-KDA_DEVICE void step(float (&state)[kRows][kChannels], const Prepared& x, const Work& w, Element* o) {
+/// Advances the state by one token; writes o, and u where updates are kept.
+KDA_DEVICE void step(float (&state)[kRows][kChannels], const Prepared& x, const Work& w, Element* o,
+                     float* kept_u) {
   float sums[2 * kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -324,6 +170,9 @@ KDA_DEVICE void step(float (&state)[kRows][kChannels], const Prepared& x, const 
     u[s] = x.beta * (x.v[s] - sums[s]); // in the lower half of the lanes
     const float value = fma(x.qk, shuffle_xor(u[s], kLanes / 2), sums[s]);
     if (writes && w.sum_row + s < Config::V) o[w.sum_row + s] = from_float<Element>(value);
+    if constexpr (Config::updates)
+      if (w.lane < kLanes / 2 && w.lane % kSpan == 0 && w.sum_row + s < Config::V)
+        kept_u[w.sum_row + s] = u[s];
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -334,11 +183,57 @@ KDA_DEVICE void step(float (&state)[kRows][kChannels], const Prepared& x, const 
   }
 }
 
+KDA_DEVICE float* kept_u(const KernelArgs& args, const Work& w, i64 t) {
+  if constexpr (!Config::updates) return nullptr;
+  return row_of<float>(args.update_u, w.batch, t, w.value_head);
+}
+/// One warp keeps k and decay of a token; k is that of all value heads of a group.
+KDA_DEVICE void keep_update(const KernelArgs& args, const Work& w, const Prepared& x, i64 t) {
+  if (w.row != 0) return;
+  float* const decay = row_of<float>(args.update_decay, w.batch, t, w.value_head);
+  float* const k = row_of<float>(args.update_k, w.batch, t, w.value_head / Config::group);
+#pragma unroll
+  for (int j = 0; j < Spread::groups; ++j) {
+    const int channel = Spread::channel(w.lane, j);
+    if (!Spread::valid(w.lane, j)) continue;
+    store4(decay + channel, x.decay + 4 * j);
+    if (w.value_head % Config::group == 0) store4(k + channel, x.k + 4 * j);
+  }
+}
+
+/// A token, and what the call keeps of it.
+KDA_DEVICE void advance(const KernelArgs& args, const Work& w, const Head& h, const Prepared& x, i64 t,
+                        float (&state)[kRows][kChannels]) {
+  step(state, x, w, h.o + t * args.o.stride_token, kept_u(args, w, t));
+  if constexpr (Config::updates) keep_update(args, w, x, t);
+  if constexpr (Config::every_state) store_state(args.final_state, place_after(args, w, t), w, state);
+}
+
 /// Few tokens: one after the other.
 KDA_DEVICE void scan_plain(const KernelArgs& args, const Work& w, const Head& h,
                            float (&state)[kRows][kChannels]) {
   for (i64 t = w.begin; t < w.end; ++t)
-    step(state, prepare(args, h, load_token(args, w, h, t)), w, h.o + t * args.o.stride_token);
+    advance(args, w, h, prepare(args, h, load_token(args, w, h, t)), t, state);
+}
+
+/// A tree of tokens: one whose parent is not the token before it starts again from the initial state, to
+/// which the updates on the way to the parent are applied.
+KDA_DEVICE void scan_tree(const KernelArgs& args, const Work& w, const Head& h, i64 read,
+                          float (&state)[kRows][kChannels]) {
+  for (i64 t = w.begin; t < w.end; ++t) {
+    const i64 parent = parent_of(args, w, t - w.begin);
+    if (w.begin + parent != t - 1) {
+      sync_warp(); // other lanes have written u
+      load_state(args.initial_state, read, w, state);
+      const u64 path = path_to(args, w, parent);
+      for (i64 i = 0; i <= parent; ++i) {
+        if ((path >> i & 1) == 0) continue;
+        const Prepared x = prepare(args, h, load_token(args, w, h, w.begin + i));
+        apply_update(w, x.k, x.decay, kept_u(args, w, w.begin + i), state);
+      }
+    }
+    advance(args, w, h, prepare(args, h, load_token(args, w, h, t)), t, state);
+  }
 }
 
 /// Many tokens: loads run Config::stages tokens ahead and the next token is prepared during the step, so that
@@ -357,7 +252,7 @@ KDA_DEVICE void scan_pipelined(const KernelArgs& args, const Work& w, const Head
       if (t == w.end) break;
       ahead[i] = load_token(args, w, h, min(t + Config::stages, w.end - 1));
       const Prepared next = prepare(args, h, ahead[(i + 1) % Config::stages]);
-      step(state, now, w, h.o + t * args.o.stride_token);
+      advance(args, w, h, now, t, state);
       now = next;
     }
   }
@@ -368,8 +263,7 @@ KDA_DEVICE void scan_pipelined(const KernelArgs& args, const Work& w, const Head
 KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_recurrent(KDA_GRID_CONSTANT kda::KernelArgs args) {
   using namespace kda;
   const i64 unit = static_cast<i64>(block_index_x()) * Config::scan_warps + warp_index();
-  const i64 units = (args.sequences + (Config::varlen ? 1LL : 0LL)) * args.value_heads * kTiles;
-  if (unit >= units) return;
+  if (unit >= work_units(args, true)) return;
   const Work w = find_work(args, unit);
   if (w.sequence == args.sequences) return zero_output(args, w);
   const Places places = find_places(args, w);
@@ -379,9 +273,11 @@ KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_recurrent(KDA_GRID_CONSTANT kda:
   // Keeps ptxas from moving the long state loads behind the token's arithmetic.
   sync_warp();
   const Head head = load_head(args, w);
-  if constexpr (Config::stages > 1)
+  if constexpr (Config::tree)
+    scan_tree(args, w, head, places.read, state);
+  else if constexpr (Config::stages > 1)
     scan_pipelined(args, w, head, state);
   else
     scan_plain(args, w, head, state);
-  store_state(args.final_state, places.write, w, state);
+  if constexpr (!Config::every_state) store_state(args.final_state, places.write, w, state);
 }

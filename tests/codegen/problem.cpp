@@ -26,6 +26,9 @@ TEST_CASE("validate accepts the production problem and refuses what no kernel su
   refused([](Problem& x) { x.dt_bias = true; }, "activated gate");
   refused([](Problem& x) { x.beta_times_two = true; }, "beta_sigmoid");
   refused([](Problem& x) { x.state_pool = true; }, "recurrent");
+  refused([](Problem& x) { x.every_state = true; }, "whose slots take the states");
+  refused([](Problem& x) { x.updates = true; }, "recurrent alone");
+  refused([](Problem& x) { x.tree = true; }, "branches start from them");
 }
 
 TEST_CASE("a state pool is part of the problem's line only where there is one") {
@@ -35,6 +38,12 @@ TEST_CASE("a state pool is part of the problem's line only where there is one") 
   p.state_pool = true;
   CHECK(validate(p).has_value());
   CHECK_THAT(to_string(p), Catch::Matchers::EndsWith(" pool"));
+  p.every_state = p.updates = p.tree = true;
+  CHECK(validate(p).has_value());
+  CHECK_THAT(to_string(p), Catch::Matchers::EndsWith(" pool every_state updates tree"));
+  p.operation = Operation::replay;
+  p.every_state = p.updates = false;
+  CHECK(validate(p).has_value());
 }
 
 TEST_CASE("a variant prints to one line and parses back") {

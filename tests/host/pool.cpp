@@ -15,6 +15,17 @@ TEST_CASE("host recurrence: states in the slots of a pool") {
   }
 }
 
+TEST_CASE("host recurrence: drafts verified by every state, by updates and replay, as trees") {
+  const auto backend = make_host_backend(2).value();
+  for (const test::NamedPoolCall& c : test::verify_calls()) {
+    const Problem& p = c.call.options.problem;
+    CAPTURE(c.name, to_string(p));
+    REQUIRE(validate(p));
+    for (const char* variant : {"token r=48", "token r=16"})
+      CHECK(test::run_pool(*backend, c.call, parse_variant(variant).value()) == "");
+  }
+}
+
 TEST_CASE("host recurrence: -1 is padding, in either type") {
   const auto backend = make_host_backend(1).value();
   for (const IndexType type : {IndexType::int32, IndexType::int64}) {

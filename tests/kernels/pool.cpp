@@ -16,6 +16,21 @@ TEST_CASE("recurrent kernel: states in the slots of a pool") {
     CHECK(test::run_pool(*backend, c.call, parse_variant(variants[row % 3]).value()) == "");
   }
 }
+
+TEST_CASE("recurrent kernel: drafts verified by every state, by updates and replay, as trees") {
+  std::uint64_t row = 0;
+  for (const test::NamedPoolCall& c : test::verify_calls()) {
+    const auto backend = emulator::make_backend(test::checked(row++)).value();
+    const Problem& p = c.call.options.problem;
+    CAPTURE(c.name, to_string(p));
+    REQUIRE(validate(p));
+    const bool plain = p.tree || p.operation == Operation::replay;
+    const char* const variants[] = {
+        "token sw=4 r=2 st=1", plain ? "token sw=1 r=8 st=1" : "token sw=1 r=8 st=4", "token sw=4 r=32 st=1"};
+    CHECK(test::run_pool(*backend, c.call, parse_variant(variants[row % 3]).value()) == "");
+  }
+}
+
 TEST_CASE("recurrent kernel: -1 is padding, in either type") {
   const auto backend = emulator::make_backend().value();
   for (const IndexType type : {IndexType::int32, IndexType::int64}) {

@@ -81,6 +81,22 @@ class Binding(unittest.TestCase):
         self.kernel.execute(call_tensors(self.pool), None, read_slots=slots, write_slots=slots, slot_error=error)
         self.assertEqual(error.storage[0], 2)
 
+    def test_updates_are_kept_and_replayed_as_a_call_of_those_tokens_leaves_them(self):
+        engine, sizes, T = kda_jit.Engine(cache_directory="", tune="off"), (1, 3, 1), 3
+        wave = lambda *shape: Tensor(shape, fill=lambda i: 0.3 * math.sin(1.7 * i))
+        x = dict(q=wave(1, T, H, K), k=wave(1, T, H, K), v=wave(1, T, H, V), g=Tensor((1, T, H, K), fill=lambda i: -0.1), beta=wave(1, T, H))
+        kept = dict(update_u=wave(1, T, H, V), update_k=wave(1, T, H, K), update_decay=wave(1, T, H, K))
+        state, start = wave(1, H, K, V), wave(1, H, K, V)
+        dense = PROBLEM | dict(state_pool=False)
+        keep = engine.prepare(dense | dict(updates=True), "host", sizes)
+        keep.execute(x | kept | dict(o=wave(1, T, H, V), initial_state=start), None)
+        replay = engine.prepare(dense | dict(operation="replay"), "host", sizes)
+        replay.execute(kept | dict(initial_state=state, final_state=state), None, accepted=Tensor((1,), "torch.int64", fill=lambda i: 2))
+        first = {name: t.view((1, 2) + t.shape[2:], t.stride()) for name, t in x.items()}
+        plain = engine.prepare(dense, "host", (1, 2, 1))
+        plain.execute(first | dict(o=wave(1, 2, H, V), initial_state=start, final_state=start), None)
+        self.assertEqual(state.storage, start.storage)
+
     def refused(self, sentence, error=kda_jit.KdaError, **options):
         slots = Tensor((N,), "torch.int32")
         with self.assertRaisesRegex(error, sentence):

@@ -346,3 +346,108 @@ TEST_CASE("one sequence may have any stride in its slot table") {
   call.args.write_slots.stride[0] = -5;
   CHECK(call.check());
 }
+
+namespace {
+
+/// Verifies three tokens a row of two rows on a pool: every state, as a tree that keeps updates.
+struct Verify {
+  Problem problem;
+  Args args;
+  KernelArgs out{};
+  Sizes sizes;
+
+  explicit Verify(Operation operation = Operation::recurrent) {
+    alignas(8) static const std::array<std::int64_t, 12> numbers{};
+    const Call call(operation);
+    problem = call.problem;
+    problem.operation = operation;
+    problem.varlen = false;
+    problem.state_pool = problem.tree = true;
+    problem.every_state = problem.updates = operation == Operation::recurrent;
+    args.update_u = Call::tensor(DType::fp32, {2, 3, 4, 32});
+    args.update_k = Call::tensor(DType::fp32, {2, 3, 2, 64});
+    args.update_decay = Call::tensor(DType::fp32, {2, 3, 4, 64});
+    args.initial_state = args.final_state = Call::tensor(DType::fp32, {9, 4, 64, 32});
+    args.read_slots = args.write_slots = contiguous_table(numbers.data(), IndexType::int32, {2, 3});
+    args.accepted = contiguous_table(numbers.data(), IndexType::int64, {2});
+    args.parents = contiguous_table(numbers.data(), IndexType::int64, {2, 3});
+    if (operation == Operation::replay) {
+      args.read_slots = args.write_slots = contiguous_table(numbers.data(), IndexType::int32, {2});
+      return;
+    }
+    args.q = args.k = Call::tensor(DType::bf16, {2, 3, 2, 64});
+    args.v = args.o = Call::tensor(DType::bf16, {2, 3, 4, 32});
+    args.g = Call::tensor(DType::bf16, {2, 3, 4, 64});
+    args.beta = Call::tensor(DType::bf16, {2, 3, 4});
+    args.A_log = call.args.A_log;
+    args.dt_bias = call.args.dt_bias;
+  }
+  Status check() { return make_kernel_args(problem, args, true, out, sizes); }
+};
+
+void check_verify(Operation operation,
+                  const std::vector<std::pair<std::function<void(Verify&)>, const char*>>& faults) {
+  Verify right(operation);
+  const Status fine = right.check();
+  REQUIRE((fine ? "" : fine.error().message) == "");
+  for (const auto& [plant, sentence] : faults) {
+    INFO("expected: " << sentence);
+    Verify faulty(operation);
+    plant(faulty);
+    const Status status = faulty.check();
+    REQUIRE_FALSE(status);
+    CHECK_THAT(status.error().message, Catch::Matchers::Contains(sentence));
+  }
+}
+
+} // namespace
+
+TEST_CASE("verifying drafts: tables with columns, updates and trees, and the sentence that each fault gets") {
+  Verify v;
+  v.args.write_slots.stride[0] = 1; // by columns
+  v.args.write_slots.stride[1] = 2;
+  REQUIRE(v.check());
+  CHECK(v.out.read_slots.columns == 3);
+  CHECK(v.out.read_slots.stride_sequence == 3);
+  CHECK(v.out.write_slots.stride_sequence == 1);
+  CHECK(v.out.write_slots.stride_column == 2);
+  CHECK(v.out.parents.wide == 1);
+  CHECK(v.out.update_k.stride_token == 2 * 64);
+  check_verify(
+      Operation::recurrent,
+      {{[](Verify& c) { c.args.accepted = {}; }, "accepted is required to choose among the columns"},
+       {[](Verify& c) { c.args.accepted.rank = 2; }, "accepted has rank 2, expected 1"},
+       {[](Verify& c) { c.args.write_slots.shape[1] = 2; }, "write_slots has 2 columns for 3 tokens"},
+       {[](Verify& c) { c.args.write_slots.stride[1] = 0; }, "write_slots has stride 0"},
+       {[](Verify& c) { c.args.write_slots.shape[1] = 0; }, "write_slots has 0 columns"},
+       {[](Verify& c) { c.args.read_slots.rank = 3; }, "read_slots has rank 3, expected 1 or 2"},
+       {[](Verify& c) { c.args.parents = {}; }, "parents is required by a tree"},
+       {[](Verify& c) { c.args.parents.shape[1] = 2; }, "parents has 2 columns for 3 tokens"},
+       {[](Verify& c) { c.problem.tree = false; }, "parents is given, but the problem is not a tree"},
+       {[](Verify& c) {
+          c.problem.every_state = false;
+          c.args.write_slots.rank = 1;
+        },
+        "a tree has no last state"},
+       {[](Verify& c) { c.args.update_u = {}; }, "update_u is required"},
+       {[](Verify& c) { c.args.update_k.dtype = DType::bf16; }, "update_k is bf16"},
+       {[](Verify& c) { c.args.update_decay.shape[3] = 32; }, "update_decay has size 32"},
+       {[](Verify& c) { c.problem.updates = c.problem.tree = false, c.args.parents = {}; },
+        "the problem keeps no updates"}});
+  check_verify(
+      Operation::replay,
+      {{[](Verify& c) { c.args.accepted = {}; }, "accepted is required by replay"},
+       {[](Verify& c) { c.args.final_state = {}, c.args.write_slots = {}; }, "final_state is required"},
+       {[](Verify& c) { c.args.update_decay = {}; }, "update_decay is required"},
+       {[](Verify& c) { c.args.read_slots.rank = 2, c.args.read_slots.shape[1] = 1; },
+        "read_slots has rank 2, expected 1"}});
+}
+
+TEST_CASE("a tree of more tokens than the kernels keep a path for is refused") {
+  Verify v(Operation::replay);
+  v.args.update_u.shape[1] = v.args.update_k.shape[1] = v.args.update_decay.shape[1] = 65;
+  v.args.parents.shape[1] = 65;
+  const Status status = v.check();
+  REQUIRE_FALSE(status);
+  CHECK_THAT(status.error().message, Catch::Matchers::Contains("a tree has at most 64"));
+}

@@ -8,6 +8,7 @@
 #include <catch2/catch.hpp>
 #include <fmt/format.h>
 #include <mutex>
+#include <set>
 #include <thread>
 
 using namespace kda;
@@ -108,7 +109,7 @@ TEST_CASE("one variant of each family compiles for every other architecture") {
   std::vector<Job> jobs;
   for (const char* arch : {"sm_80", "sm_89", "sm_100a", "sm_120a"})
     for (const Operation operation : {Operation::forward, Operation::recurrent, Operation::backward,
-                                      Operation::gate, Operation::gate_backward}) {
+                                      Operation::gate, Operation::gate_backward, Operation::replay}) {
       const auto variant = choose(production(operation), cuda_target(arch).value(), Sizes{1, 8192, 1});
       REQUIRE(variant);
       jobs.push_back({production(operation), *variant, arch});
@@ -147,6 +148,41 @@ TEST_CASE("every option of a problem compiles for sm_90a in every family") {
       const auto variant = choose(p, target, Sizes{1, 8192, 1});
       REQUIRE(variant);
       jobs.push_back({p, *variant, target.arch});
+    }
+  compile_all(*nvrtc, jobs);
+}
+
+TEST_CASE("every option of decode compiles for sm_90a without a spill") {
+  const auto nvrtc = open_nvrtc();
+  if (nvrtc == nullptr) return;
+  const std::function<void(Problem&)> policies[] = {
+      [](Problem& p) { p.state_pool = true; },
+      [](Problem& p) { p.state_pool = p.every_state = true; },
+      [](Problem& p) { p.updates = true; },
+      [](Problem& p) { p.state_pool = p.every_state = p.updates = p.tree = true; },
+      [](Problem& p) { p.state_pool = p.updates = p.tree = p.varlen = true; },
+      [](Problem& p) { p.operation = Operation::replay; },
+      [](Problem& p) { p.operation = Operation::replay, p.state_pool = p.tree = p.varlen = true; }};
+  const std::function<void(Problem&)> shapes[] = {
+      [](Problem&) {}, [](Problem& p) { p.state_dtype = DType::bf16; },
+      [](Problem& p) { p.key_dim = p.value_dim = 256, p.state_layout = StateLayout::k_v; },
+      [](Problem& p) { p.dtype = p.gate_dtype = p.beta_dtype = DType::fp32, p.gate = GateKind::softplus; }};
+  const Target target = cuda_target("sm_90a").value();
+  std::vector<Job> jobs;
+  for (const auto& policy : policies)
+    for (const auto& shape : shapes) {
+      Problem p = production(Operation::recurrent);
+      policy(p);
+      shape(p);
+      INFO(to_string(p));
+      std::set<std::string> variants;
+      for (const Sizes& sizes : {Sizes{1, 4, 1}, Sizes{1, 16384, 4096}, Sizes{1, 4096, 1}}) {
+        const Sizes s =
+            p.varlen ? sizes : Sizes{sizes.sequences, sizes.tokens / sizes.sequences, sizes.sequences};
+        const auto variant = choose(p, target, s);
+        REQUIRE(variant);
+        if (variants.insert(to_string(*variant)).second) jobs.push_back({p, *variant, target.arch});
+      }
     }
   compile_all(*nvrtc, jobs);
 }

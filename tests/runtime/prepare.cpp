@@ -113,7 +113,11 @@ TEST_CASE("whatever the text of a kernel depends on changes its key") {
       {"norm", [](Problem& x) { x.qk_l2norm = true; }},
       {"varlen", [](Problem& x) { x.varlen = true; }},
       {"index", [](Problem& x) { x.cu_seqlens_type = IndexType::int32; }},
-      {"pool", [](Problem& x) { x.state_pool = true; }}};
+      {"pool", [](Problem& x) { x.state_pool = true; }},
+      {"every state", [](Problem& x) { x.state_pool = x.every_state = true; }},
+      {"updates", [](Problem& x) { x.updates = true; }},
+      {"tree", [](Problem& x) { x.updates = x.tree = true; }},
+      {"replay", [](Problem& x) { x.operation = Operation::replay; }}};
   std::vector<std::string> keys{base};
   for (const auto& [name, change] : changes) {
     INFO(name);

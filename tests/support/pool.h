@@ -5,6 +5,7 @@
 #include "random_case.h"
 #include "run_case.h"
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -17,11 +18,16 @@ struct PoolCall {
   CaseOptions options;               ///< with a pool in its problem
   IndexType type = IndexType::int32; ///< of the slot numbers
   PaddingPolicy padding = PaddingPolicy::none;
-  std::int64_t slots = 6;                ///< of each pool
-  bool in_place = true;                  ///< one pool, else two
-  std::vector<std::int64_t> read, write; ///< a sequence; empty: no initial_state, no final_state
-  std::int64_t table_stride = 1;         ///< elements from one slot number to the next
-  std::int64_t gap = 0;                  ///< bytes behind each slot, a multiple of 16
+  std::int64_t slots = 6; ///< of each pool
+  bool in_place = true;   ///< one pool, else two
+  /// By sequence, with columns row after row; empty: no initial_state, no final_state.
+  std::vector<std::int64_t> read, write;
+  std::vector<std::int64_t> accepted;         ///< by sequence; empty: not given
+  std::vector<std::int64_t> parents;          ///< tree: by sequence and token, `columns` wide
+  std::int64_t read_columns = 1, columns = 1; ///< of read; of write (every_state) and parents
+  std::int64_t table_stride = 1;              ///< elements from one number of a row to the next
+  bool column_major = false;                  ///< tables with columns: sequences are neighbours
+  std::int64_t gap = 0;                       ///< bytes behind each slot, a multiple of 16
   /// fp32, in place, host memory: the pool begins `far_slot` slots of `far_stride` elements behind this, and
   /// so do its numbers.
   float* far_base = nullptr;
@@ -32,13 +38,16 @@ struct PoolCall {
 enum class Fate : std::uint8_t { runs, padding, refused };
 struct Sequence {
   Fate fate = Fate::runs;
-  std::int64_t read = -1, write = -1; ///< -1: none
+  std::int64_t read = -1;            ///< -1: none
+  std::vector<std::int64_t> write{}; ///< the slot of the last state, or one a token; -1: none
 };
 
 class PoolRun {
 public:
   PoolRun(const Backend& backend, const PoolCall& call)
-      : backend_(backend), call_(call), case_(random_case(call.options)), p_(call.options.problem) {
+      : backend_(backend), call_(call), case_(random_case(recurrent(call.options))),
+        p_(call.options.problem) {
+    case_.inputs.problem = p_;
     const auto n = static_cast<std::size_t>(case_.inputs.sizes.sequences);
     for (std::size_t i = 0; i < n; ++i)
       sequences_.push_back(sequence(i));
@@ -53,7 +62,13 @@ public:
   /// Empty, or what is wrong.
   std::string run(const Variant& variant) {
     fill_pools();
-    const reference::Outputs expected = reference::recurrence(case_.inputs);
+    for (std::size_t i = 0; i < sequences_.size() && p_.tree; ++i) {
+      parents_.resize(static_cast<std::size_t>(case_.inputs.sizes.batch * case_.inputs.sizes.tokens), -1);
+      for (std::int64_t t = span(i).first; t < span(i).second && sequences_[i].fate != Fate::refused; ++t)
+        parents_[static_cast<std::size_t>(t)] = call_.parents[i * static_cast<std::size_t>(call_.columns) +
+                                                              static_cast<std::size_t>(t - span(i).first)];
+    }
+    expected_ = reference::verify(case_.inputs, parents_);
     upload_all();
     const SourceUnit unit = emit(p_, variant, backend_.target()).value();
     const auto image = backend_.compile(unit);
@@ -64,12 +79,29 @@ public:
     for (int i = 0; i < list.count; ++i)
       if (const Status ok = (*module)->launch(list.items[i], args_, nullptr); !ok) return ok.error().message;
     if (const Status ok = backend_.synchronize(); !ok) return ok.error().message;
-    return compare(expected);
+    std::string wrong = compare_word();
+    if (wrong.empty() && p_.operation != Operation::replay) wrong = compare_output(expected_.o);
+    if (wrong.empty() && p_.updates)
+      for (const auto& [name, tensor, values, heads, dim] : updates())
+        if (wrong.empty()) wrong = compare_update(name, tensor->data, *values, heads, dim);
+    if (wrong.empty()) wrong = compare_pools();
+    return wrong;
   }
 
 private:
   using Bytes = std::vector<std::byte>;
 
+  static CaseOptions recurrent(CaseOptions o) {
+    o.problem.operation = Operation::recurrent; // replay: the tokens that the updates are made of
+    return o;
+  }
+
+  /// Tokens [begin, end) of sequence i on the flattened token axis.
+  std::pair<std::int64_t, std::int64_t> span(std::size_t i) const {
+    const std::int64_t t = case_.inputs.sizes.tokens, n = static_cast<std::int64_t>(i);
+    if (p_.varlen) return {case_.inputs.cu_seqlens[i], case_.inputs.cu_seqlens[i + 1]};
+    return {n * t, n * t + t};
+  }
   Sequence sequence(std::size_t i) const {
     const auto padding = [&](std::int64_t slot) {
       const PaddingPolicy x = call_.padding;
@@ -78,10 +110,35 @@ private:
     };
     const auto outside = [&](std::int64_t slot) { return slot < 0 || slot >= call_.slots; };
     const bool reads = !call_.read.empty(), writes = !call_.write.empty();
-    if (reads ? padding(call_.read[i]) : writes && padding(call_.write[i])) return {Fate::padding};
-    const bool keeps = writes && !padding(call_.write[i]);
-    if ((reads && outside(call_.read[i])) || (keeps && outside(call_.write[i]))) return {Fate::refused};
-    return {Fate::runs, reads ? call_.read[i] : -1, keeps ? call_.write[i] : -1};
+    const std::int64_t tokens = span(i).second - span(i).first, row = static_cast<std::int64_t>(i);
+    const bool replay = p_.operation == Operation::replay;
+    const std::int64_t accepted = call_.accepted.empty() ? 1 : call_.accepted[i];
+    if (accepted == 0) return {Fate::padding};
+    if (accepted < 0 || accepted > (replay ? tokens : call_.read_columns)) return {Fate::refused};
+    if (p_.tree)
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        if (t >= call_.columns) return {Fate::refused};
+        const std::int64_t parent = call_.parents[static_cast<std::size_t>(row * call_.columns + t)];
+        if (parent >= t) return {Fate::refused};
+      }
+    const auto read = [&] {
+      return call_.read[static_cast<std::size_t>(row * call_.read_columns + (replay ? 0 : accepted - 1))];
+    };
+    const std::int64_t columns = p_.every_state ? call_.columns : 1;
+    const auto write = [&](std::int64_t t) {
+      return call_.write[static_cast<std::size_t>(row * columns + t)];
+    };
+    if (reads ? padding(read()) : writes && padding(write(0))) return {Fate::padding};
+    if (reads && outside(read())) return {Fate::refused};
+    Sequence x{Fate::runs, reads ? read() : -1, {}};
+    if (writes && p_.every_state && tokens > columns) return {Fate::refused};
+    for (std::int64_t t = 0; writes && t < (p_.every_state ? tokens : 1); ++t) {
+      if (!padding(write(t)) &&
+          (outside(write(t)) || (p_.tree && p_.every_state && call_.in_place && write(t) == x.read)))
+        return {Fate::refused};
+      x.write.push_back(padding(write(t)) ? -1 : write(t));
+    }
+    return x;
   }
 
   // --- the pools, as bytes ---------------------------------------------------------------------------------
@@ -146,16 +203,32 @@ private:
     const long long row = static_cast<long long>(heads) * dim;
     return {upload(bytes.data(), bytes.size()), case_.inputs.sizes.tokens * row, row, dim};
   }
-  NumberTable table(const std::vector<std::int64_t>& slots) {
-    const auto stride = static_cast<std::size_t>(call_.table_stride);
-    std::vector<std::int64_t> wide(slots.size() * stride, 1'000'000); // what lies between is no slot
-    for (std::size_t i = 0; i < slots.size(); ++i)
-      wide[i * stride] = slots[i] + call_.far_slot;
+  NumberTable table(const std::vector<std::int64_t>& numbers, std::int64_t columns, std::int64_t add) {
+    const auto rows = static_cast<std::int64_t>(sequences_.size());
+    const std::int64_t row = call_.column_major ? call_.table_stride : columns * call_.table_stride,
+                       column = call_.column_major ? rows * call_.table_stride : call_.table_stride;
+    // What lies between is no number that belongs there.
+    std::vector<std::int64_t> wide(static_cast<std::size_t>(rows * columns * call_.table_stride), 1'000'000);
+    for (std::int64_t n = 0; n < rows; ++n)
+      for (std::int64_t c = 0; c < columns; ++c)
+        wide[static_cast<std::size_t>(n * row + c * column)] =
+            numbers[static_cast<std::size_t>(n * columns + c)] + add;
     const std::vector<std::int32_t> narrow(wide.begin(), wide.end());
     const bool is_wide = call_.type == IndexType::int64;
     const void* const data =
         is_wide ? upload(wide.data(), wide.size() * 8) : upload(narrow.data(), narrow.size() * 4);
-    return {data, call_.table_stride, is_wide ? 1 : 0};
+    return {data, row, column, static_cast<int>(columns), is_wide ? 1 : 0};
+  }
+  struct UpdateRows {
+    const char* name;
+    TokenTensor* tensor;
+    reference::Array* values;
+    int heads, dim;
+  };
+  std::array<UpdateRows, 3> updates() {
+    return {{{"update_u", &args_.update_u, &expected_.u, p_.value_heads, p_.value_dim},
+             {"update_k", &args_.update_k, &expected_.k, p_.heads, p_.key_dim},
+             {"update_decay", &args_.update_decay, &expected_.decay, p_.value_heads, p_.key_dim}}};
   }
   void upload_all() {
     const reference::Inputs& in = case_.inputs;
@@ -170,6 +243,12 @@ private:
       const std::vector<float> narrow(x.begin(), x.end());
       return static_cast<const float*>(upload(narrow.data(), narrow.size() * sizeof(float)));
     };
+    if (p_.updates || p_.operation == Operation::replay)
+      for (const auto& [name, tensor, values, heads, dim] : updates())
+        *tensor = token(p_.updates ? reference::Array(values->size(), std::nan("")) : *values, DType::fp32,
+                        heads, dim);
+    if (!call_.accepted.empty()) args_.accepted = table(call_.accepted, 1, 0);
+    if (p_.tree) args_.parents = table(call_.parents, call_.columns, 0);
     args_.A_log = fp32(in.A_log);
     args_.dt_bias = fp32(in.dt_bias);
     if (p_.varlen) {
@@ -189,13 +268,13 @@ private:
     const auto head = static_cast<long long>(matrix());
     if (!call_.read.empty()) {
       args_.initial_state = {upload(initial_.data(), initial_.size()), stride, head};
-      args_.read_slots = table(call_.read);
+      args_.read_slots = table(call_.read, call_.read_columns, call_.far_slot);
       args_.read_pool = call_.slots + call_.far_slot;
     }
     if (!call_.write.empty()) {
       void* const data = call_.in_place ? args_.initial_state.data : upload(final_.data(), final_.size());
       args_.final_state = {data, stride, head};
-      args_.write_slots = table(call_.write);
+      args_.write_slots = table(call_.write, p_.every_state ? call_.columns : 1, call_.far_slot);
       args_.write_pool = call_.slots + call_.far_slot;
     }
     if (call_.far_base != nullptr) {
@@ -219,15 +298,13 @@ private:
   double error_bound(DType type) const {
     return type == DType::fp32 ? 2e-5 : type == DType::fp16 ? 4e-4 : 2.5e-3;
   }
-  std::string compare(const reference::Outputs& expected) const {
+  std::string compare_word() const {
     int word = 0, want = 0;
     std::memcpy(&word, download(args_.slot_error, sizeof word).data(), sizeof word);
     for (std::size_t n = 0; n < sequences_.size(); ++n)
       if (sequences_[n].fate == Fate::refused) want = static_cast<int>(n) + 1;
-    if (word != want) return "slot_error is " + std::to_string(word) + ", expected " + std::to_string(want);
-    std::string wrong = compare_output(expected.o);
-    if (wrong.empty()) wrong = compare_pools(expected.final_state);
-    return wrong;
+    if (word == want) return {};
+    return "slot_error is " + std::to_string(word) + ", expected " + std::to_string(want);
   }
   std::string compare_output(const reference::Array& expected) const {
     const std::size_t element = static_cast<std::size_t>(size_of(p_.dtype));
@@ -235,9 +312,7 @@ private:
         unpack(download(args_.o.data, expected.size() * element), file_dtype(p_.dtype));
     const auto row = static_cast<std::ptrdiff_t>(p_.value_heads) * p_.value_dim;
     for (std::size_t n = 0; n < sequences_.size(); ++n) {
-      const std::int64_t t = case_.inputs.sizes.tokens, i = static_cast<std::int64_t>(n);
-      const std::int64_t begin = p_.varlen ? case_.inputs.cu_seqlens[n] : i * t,
-                         end = p_.varlen ? case_.inputs.cu_seqlens[n + 1] : i * t + t;
+      const auto [begin, end] = span(n);
       const reference::Array got(o.begin() + begin * row, o.begin() + end * row);
       const reference::Array want(expected.begin() + begin * row, expected.begin() + end * row);
       if (sequences_[n].fate == Fate::runs) {
@@ -250,23 +325,54 @@ private:
     }
     return {};
   }
-  std::string compare_pools(const reference::Array& expected) const {
+  std::string compare_update(const char* name, const void* data, const reference::Array& expected, int heads,
+                             int dim) const {
+    const reference::Array all = unpack(download(data, expected.size() * 4), file_dtype(DType::fp32));
+    const auto row = static_cast<std::ptrdiff_t>(heads) * dim;
+    for (std::size_t n = 0; n < sequences_.size(); ++n) {
+      const auto [begin, end] = span(n);
+      const reference::Array got(all.begin() + begin * row, all.begin() + end * row),
+          want(expected.begin() + begin * row, expected.begin() + end * row);
+      if (sequences_[n].fate != Fate::runs) {
+        if (!std::all_of(got.begin(), got.end(), [](double x) { return std::isnan(x); }))
+          return std::string(name) + " of sequence " + std::to_string(n) +
+                 ", which does not run, was written";
+      } else if (const double error = reference::relative_error(got, want); !(error <= 2e-5)) {
+        return std::string(name) + " of sequence " + std::to_string(n) + " is off by " +
+               std::to_string(error);
+      }
+    }
+    return {};
+  }
+  /// The state of sequence n for its write slot number i.
+  reference::Array expected_state(std::size_t n, std::size_t i) const {
+    const auto per_slot = static_cast<std::size_t>(p_.value_heads) * matrix();
+    const auto cut = [&](const reference::Array& from, std::size_t at) {
+      const auto begin = from.begin() + static_cast<std::ptrdiff_t>(at * per_slot);
+      return reference::Array(begin, begin + static_cast<std::ptrdiff_t>(per_slot));
+    };
+    if (p_.operation == Operation::replay)
+      return cut(reference::replay(case_.inputs, expected_, call_.accepted, parents_), n);
+    const auto [begin, end] = span(n);
+    if (begin == end) return cut(case_.inputs.initial_state, n);
+    return cut(expected_.states, static_cast<std::size_t>(p_.every_state ? begin : end - 1) + i);
+  }
+  std::string compare_pools() const {
     if (args_.final_state.data == nullptr) return {};
     Bytes want = call_.in_place ? initial_ : final_;
     const void* const data = call_.far_base != nullptr ? far_data() : args_.final_state.data;
     const Bytes got = download(data, want.size());
-    const auto per_slot = static_cast<std::size_t>(p_.value_heads) * matrix();
-    for (std::size_t n = 0; n < sequences_.size(); ++n) {
-      const std::int64_t slot = sequences_[n].write;
-      if (slot < 0) continue;
-      const auto begin = expected.begin() + static_cast<std::ptrdiff_t>(n * per_slot);
-      const double error =
-          reference::relative_error(get(got, slot), {begin, begin + static_cast<std::ptrdiff_t>(per_slot)});
-      if (!(error <= error_bound(p_.state_dtype)))
-        return "the state of sequence " + std::to_string(n) + " is off by " + std::to_string(error);
-      const auto at = static_cast<std::ptrdiff_t>(static_cast<std::size_t>(slot) * slot_bytes());
-      std::copy_n(got.begin() + at, slot_bytes() - static_cast<std::size_t>(call_.gap), want.begin() + at);
-    }
+    for (std::size_t n = 0; n < sequences_.size(); ++n)
+      for (std::size_t i = 0; i < sequences_[n].write.size(); ++i) {
+        const std::int64_t slot = sequences_[n].write[i];
+        if (slot < 0) continue;
+        const double error = reference::relative_error(get(got, slot), expected_state(n, i));
+        if (!(error <= error_bound(p_.state_dtype)))
+          return "state " + std::to_string(i) + " of sequence " + std::to_string(n) + " is off by " +
+                 std::to_string(error);
+        const auto at = static_cast<std::ptrdiff_t>(static_cast<std::size_t>(slot) * slot_bytes());
+        std::copy_n(got.begin() + at, slot_bytes() - static_cast<std::size_t>(call_.gap), want.begin() + at);
+      }
     const auto [a, b] = std::mismatch(got.begin(), got.end(), want.begin());
     if (a == got.end()) return {};
     return "byte " + std::to_string(a - got.begin()) + " of the pool was written";
@@ -277,6 +383,8 @@ private:
   TestCase case_;
   const Problem& p_;
   std::vector<Sequence> sequences_;
+  reference::Verified expected_;
+  std::vector<std::int64_t> parents_; ///< on the flattened token axis
   Bytes initial_, final_;
   KernelArgs args_{};
   std::vector<void*> all_;

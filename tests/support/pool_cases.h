@@ -1,6 +1,7 @@
 #pragma once
 // The calls on a state pool that every backend must get right.
 #include "pool.h"
+#include <numeric>
 #include <utility>
 
 namespace kda::test {
@@ -92,6 +93,95 @@ inline std::vector<NamedPoolCall> pool_calls() {
   c.options.problem.state_dtype = DType::fp16;
   c.table_stride = 2;
   add("[K,V] in fp16, bf16 tensors", c, {1, kNobody64, 2}, {3, kNobody64, 4});
+  return all;
+}
+
+/// Calls that verify drafts, and replays of what they keep.
+inline std::vector<NamedPoolCall> verify_calls() {
+  std::vector<NamedPoolCall> all;
+  const auto add = [&](const char* name, PoolCall c, std::vector<std::int64_t> read,
+                       std::vector<std::int64_t> write) {
+    c.read = std::move(read);
+    c.write = std::move(write);
+    all.push_back({name, std::move(c)});
+  };
+  PoolCall c = pool_call(3, IndexType::int32, PaddingPolicy::negative);
+  c.slots = 13;
+  c.options.tokens = 4;
+  c.options.problem.every_state = true;
+  c.columns = c.read_columns = 4;
+  c.accepted = {1, 4, 2};
+  const std::vector<std::int64_t> table{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
+  add("every state: one table to read by accepted counts and to write, in place", c, table, table);
+  c.column_major = true; // B19
+  c.table_stride = 2;
+  c.type = IndexType::int64;
+  add("every state: the table by columns, with gaps", c, table, table);
+  c.accepted = {0, 9, 3}; // B18: 9 of a table of 4
+  add("accepted counts of 0, a no-op, and past the table, refused", c, table, table);
+  c.accepted = {kNobody64, 4, 4};
+  add("a negative accepted count is refused", c, table, table);
+  c.accepted = {2, 1, 4};
+  add("every state: padding in a row of the table keeps no state there", c, table,
+      {0, kNobody64, 2, 3, kNobody64, 5, 6, 7, 8, 9, 10, kNobody64});
+  add("every state: one slot past the pool refuses the row and nothing is written", c, table,
+      {0, 1, 2, 3, 4, 5, 13, 7, 8, 9, 10, 11});
+  c = pool_call(0, IndexType::int32, PaddingPolicy::none);
+  c.slots = 13;
+  c.options.problem.varlen = c.options.problem.every_state = true;
+  c.options.lengths = {2, 0, 5, 4}; // B22, B23: fewer tokens than columns, more, as many
+  c.columns = 4;
+  c.in_place = false;
+  add("packed: as many tokens as the table is wide or fewer; more are refused", c, {3, 1, 12, 5},
+      {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 3, 5, 4});
+  c.options.lengths = {1, 1, 1, 1, 1, 1, 1, 1}; // B26
+  c.columns = 1;
+  add("packed: sequences of one token without an initial state", c, {}, {7, 6, 5, 4, 3, 2, 1, 0});
+
+  c = pool_call(3, IndexType::int64, PaddingPolicy::both);
+  c.options.tokens = 5;
+  c.options.problem.updates = true;
+  add("updates and no state; a padding row keeps none", c, {4, 0, 2}, {});
+  c.options.problem.dtype = c.options.problem.beta_dtype = DType::bf16;
+  c.options.problem.state_layout = StateLayout::v_k;
+  c.options.problem.state_dtype = DType::bf16;
+  add("updates and the last state", c, {4, 3, 2}, {4, 1, kNobody64});
+  c.options.problem.updates = false;
+  c.options.problem.operation = Operation::replay;
+  c.accepted = {5, 2, 0};
+  add("replay: all, some and none of the tokens", c, {4, 3, 2}, {4, 3, 2});
+  c.options.problem.state_dtype = DType::fp32;
+  c.accepted = {6, 1, kNobody64};
+  add("replay: counts that cannot be are refused", c, {4, 3, 2}, {4, 3, 2});
+  c.options.problem.state_layout = StateLayout::k_v;
+  c.options.problem.varlen = true;
+  c.options.lengths = {3, 0, 4};
+  c.options.padding = 2;
+  c.accepted = {3, 1, 2};
+  c.in_place = false;
+  add("replay of packed sequences, from one pool into another", c, {4, 3, 2}, {1, 2, 5});
+
+  c = pool_call(4, IndexType::int64, PaddingPolicy::negative);
+  c.slots = 24;
+  c.options.tokens = 5;
+  c.options.problem.tree = c.options.problem.updates = true;
+  c.columns = 5;
+  constexpr std::int64_t kRoot = kNobody64;
+  c.parents = {kRoot, 0, 0, 1, 1, kRoot, kRoot, kRoot, 0, 3, kRoot, 0, 1, 2, 3, kRoot, 0, 2, 1, 1};
+  add("a tree, two roots, a chain, and a parent that is not before its child", c, {20, 21, 22, 23}, {});
+  c.options.problem.every_state = true;
+  c.table_stride = 2;
+  std::vector<std::int64_t> slots(20);
+  std::iota(slots.begin(), slots.end(), 0);
+  add("the states of a tree", c, {20, 21, 22, 23}, slots);
+  slots[7] = 21;
+  add("a state of a tree may not take the place that branches start from", c, {20, 21, 22, 23}, slots);
+  c.options.problem.every_state = c.options.problem.updates = false;
+  c.options.problem.operation = Operation::replay;
+  c.table_stride = 1;
+  c.accepted = {5, 5, 3, 1};
+  c.options.problem.state_layout = StateLayout::v_k;
+  add("replay of a path of a tree", c, {20, 21, 22, 23}, {20, 21, 22, 23});
   return all;
 }
 

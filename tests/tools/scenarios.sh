@@ -53,9 +53,10 @@ refused "cannot share" env "$kda" precompile --model kimi-k3 --tp 5 --arch sm_90
 echo '[{"haeds": 3}]' >"$work/problems.json"
 refused "haeds" "$kda" precompile --file "$work/problems.json" --arch sm_90a
 refused "unknown dtype" "$kda" precompile --dtype fp8 --arch sm_90a
-refused "a state pool goes with the operation recurrent" "$kda" precompile --state-pool --arch sm_90a
+refused "a state pool goes with the operations recurrent" "$kda" precompile --state-pool --arch sm_90a
+refused "whose slots take the states" "$kda" precompile --operation recurrent --every-state --arch sm_90a
 echo '[{"state_pool": true}]' >"$work/problems.json"
-refused "a state pool goes with the operation recurrent" "$kda" precompile --file "$work/problems.json" --arch sm_90a
+refused "a state pool goes with the operations recurrent" "$kda" precompile --file "$work/problems.json" --arch sm_90a
 # Without NVRTC: one sentence for all images, exit 1.
 lost=$(KDA_JIT_NVRTC="$work/absent.so" "$kda" precompile --model kimi-k3 --arch sm_90a,sm_100a 2>&1)
 [[ $? == 1 ]] || fail "precompile without NVRTC does not exit with 1"

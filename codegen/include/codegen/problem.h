@@ -14,6 +14,7 @@ enum class Operation : std::uint8_t {
   recurrent,     ///< token by token, fp32 arithmetic; the device reference and the decode form
   gate,          ///< g -> natural-log decay, fp32
   gate_backward, ///< gradient of the natural-log decay -> gradient of g, A_log, dt_bias
+  replay,        ///< the kept updates of accepted tokens -> the state after them
 };
 enum class DType : std::uint8_t { bf16, fp16, fp32 };
 enum class IndexType : std::uint8_t { int32, int64 };
@@ -45,7 +46,11 @@ struct Problem {
   bool qk_l2norm = false;      ///< x * rsqrt(sum x^2 + 1e-6) on q and k
   bool varlen = false;         ///< packed sequences through cu_seqlens; the batch is then 1
   IndexType cu_seqlens_type = IndexType::int64;
-  bool state_pool = false; ///< recurrent only: states lie in the slots of a pool, which Args describes
+  // Decode: recurrent and replay. Args describes them.
+  bool state_pool = false;  ///< states lie in the slots of a pool
+  bool every_state = false; ///< recurrent with a pool: the state after every token is kept, not the last one
+  bool updates = false;     ///< recurrent: u, k and decay of every token are kept, what replay needs
+  bool tree = false; ///< tokens continue from a parent, not from the one before; recurrent with updates
 
   bool operator==(const Problem&) const = default;
 };

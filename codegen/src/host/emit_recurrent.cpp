@@ -63,6 +63,7 @@ private:
     // The sequence after the last one is the padding behind the packed tokens.
     batch_ = i64(0);
     const Value begin = boundary(sequence_);
+    if (p_.operation == Operation::replay) return run_in_place(begin, boundary(ir_.add(sequence_, i64(1))));
     const Value real = ir_.compare("icmp slt", sequence_, count(offsetof(KernelArgs, sequences)));
     ir_.branch(
         real, [&] { run_in_place(begin, boundary(ir_.add(sequence_, i64(1)))); },
@@ -92,47 +93,138 @@ private:
     return either(both(skips(kSkipNegative), ir_.compare("icmp slt", slot, i64(0))),
                   both(skips(kSkipZero), ir_.compare("icmp eq", slot, i64(0))));
   }
-  /// This sequence's number, or kNowhere without a table.
-  Value number(std::size_t table, const Value& present) {
+  /// Column `column` of this sequence, or kNowhere without a table.
+  Value number(std::size_t table, const Value& present, const Value& column) {
     const Value wide = ir_.compare("icmp ne", count(table + offsetof(NumberTable, wide)), i64(0));
     // Without a table some words that are there are read, and not used.
     const Value data = ir_.select(present, field("ptr", table + offsetof(NumberTable, data)), o_);
-    Value words = ir_.mul(sequence_, field("i64", table + offsetof(NumberTable, stride_sequence)));
-    words = ir_.select(present, ir_.select(wide, ir_.add(words, words), words), i64(0));
+    const Value element =
+        ir_.add(ir_.mul(sequence_, field("i64", table + offsetof(NumberTable, stride_sequence))),
+                ir_.mul(column, field("i64", table + offsetof(NumberTable, stride_column))));
+    const Value words = ir_.select(present, ir_.select(wide, ir_.add(element, element), element), i64(0));
     const auto word = [&](const Value& at) { return ir_.load("i32", ir_.at(data, "i32", at), 4); };
     const Value low = word(words), high = word(ir_.select(wide, ir_.add(words, i64(1)), words));
     const Value both_words =
         ir_.op("or", ir_.op("shl", ir_.cast("zext", high, "i64"), i64(32)), ir_.cast("zext", low, "i64"));
     return ir_.select(present, ir_.select(wide, both_words, ir_.cast("sext", low, "i64")), i64(kNowhere));
   }
+  Value columns_of(std::size_t table) { return count(table + offsetof(NumberTable, columns)); }
   Value outside(const Value& slot, std::size_t slots) {
     return ir_.compare("icmp uge", slot, field("i64", slots));
   }
+  Value less(const Value& a, const Value& b) { return ir_.compare("icmp slt", a, b); }
+  Value least(const Value& a, const Value& b) { return ir_.select(less(a, b), a, b); }
+  static Value yes_if(bool x) { return {"i1", x ? "true" : "false"}; }
 
-  /// Finds where the states lie, and runs the sequence unless it is padding or refused: find_places of
-  /// recurrent.cu.
-  void run_in_place(const Value& begin, const Value& end) {
+  // find_places of recurrent/places.cuh: what is read is checked before anything is written. Everything is
+  // computed without a branch, so a number that is wrong must not become an index.
+  struct Places {
+    Value idle, refused; ///< i1
+  };
+  /// Sets read_, write_ and steps_.
+  Places find_places(const Value& tokens) {
     read_ = write_ = sequence_;
-    if (!p_.state_pool) return run_sequence(begin, end);
+    steps_ = tokens;
+    Places x{yes_if(false), yes_if(false)};
+    Value column = i64(0);
+    const bool replay = p_.operation == Operation::replay;
+    if (p_.state_pool || replay) {
+      constexpr std::size_t kAccepted = offsetof(KernelArgs, accepted);
+      const Value given = is_present(kAccepted + offsetof(NumberTable, data));
+      const Value accepted = ir_.select(given, number(kAccepted, given, i64(0)), i64(1));
+      x.idle = ir_.compare("icmp eq", accepted, i64(0));
+      const Value most = replay ? tokens : columns_of(offsetof(KernelArgs, read_slots));
+      const Value wrong = both(given, either(less(accepted, i64(0)), less(most, accepted)));
+      x.refused = wrong;
+      steps_ = ir_.select(either(wrong, x.idle), i64(0), accepted);
+      if (!replay) column = ir_.select(either(wrong, x.idle), i64(0), ir_.sub(accepted, i64(1)));
+    }
+    if (p_.tree) x.refused = either(x.refused, no_tree(tokens));
+    if (p_.state_pool) find_slots(tokens, column, x);
+    x.refused = both(x.refused, ir_.op("xor", x.idle, yes_if(true)));
+    return x;
+  }
+  void find_slots(const Value& tokens, const Value& column, Places& x) {
     constexpr std::size_t kRead = offsetof(KernelArgs, read_slots),
                           kWrite = offsetof(KernelArgs, write_slots);
     const Value reads = is_present(offsetof(KernelArgs, initial_state)),
                 writes = is_present(offsetof(KernelArgs, final_state));
-    read_ = number(kRead, reads);
-    const Value write = number(kWrite, writes), skipped = is_padding(write);
-    const Value padding = ir_.select(reads, is_padding(read_), both(writes, skipped));
-    const Value keeps = both(writes, ir_.op("xor", skipped, {"i1", "true"}));
-    const Value refused = either(both(reads, outside(read_, offsetof(KernelArgs, read_pool))),
-                                 both(keeps, outside(write, offsetof(KernelArgs, write_pool))));
+    read_ = number(kRead, reads, column);
+    const Value write = number(kWrite, writes, i64(0)), skipped = is_padding(write);
+    x.idle = either(x.idle, ir_.select(reads, is_padding(read_), both(writes, skipped)));
+    const Value keeps = both(writes, ir_.op("xor", skipped, yes_if(true)));
+    x.refused = either(x.refused, both(reads, outside(read_, offsetof(KernelArgs, read_pool))));
+    if (p_.every_state)
+      x.refused = either(x.refused, both(writes, writes_outside(tokens)));
+    else
+      x.refused = either(x.refused, both(keeps, outside(write, offsetof(KernelArgs, write_pool))));
     write_ = ir_.select(keeps, write, i64(kNowhere));
+  }
+  /// Where the state after token `i` of the sequence goes.
+  Value place_after(const Value& i) {
+    const Value slot =
+        number(offsetof(KernelArgs, write_slots), is_present(offsetof(KernelArgs, final_state)), i);
+    return ir_.select(is_padding(slot), i64(kNowhere), slot);
+  }
+  Value writes_outside(const Value& tokens) {
+    const Value columns = columns_of(offsetof(KernelArgs, write_slots));
+    const Value in_place = ir_.compare("icmp eq", field("ptr", offsetof(KernelArgs, initial_state)),
+                                       field("ptr", offsetof(KernelArgs, final_state)));
+    const Values wrong = ir_.loop(i64(0), least(tokens, columns), 1, {less(columns, tokens)},
+                                  [&](const Value& i, const Values& before) {
+                                    const Value place = place_after(i);
+                                    Value bad = outside(place, offsetof(KernelArgs, write_pool));
+                                    if (p_.tree)
+                                      bad = either(bad, both(in_place, ir_.compare("icmp eq", place, read_)));
+                                    bad = both(bad, ir_.compare("icmp ne", place, i64(kNowhere)));
+                                    return Values{either(before[0], bad)};
+                                  });
+    return wrong[0];
+  }
+
+  // --- trees -----------------------------------------------------------------------------------------------
+  Value parent_of(const Value& i) {
+    const Value parent = number(offsetof(KernelArgs, parents), yes_if(true), i);
+    return ir_.select(less(parent, i64(0)), i64(-1), parent);
+  }
+  Value no_tree(const Value& tokens) {
+    const Value columns = least(columns_of(offsetof(KernelArgs, parents)), i64(kMostTreeTokens));
+    return ir_.loop(i64(0), least(tokens, columns), 1, {less(columns, tokens)},
+                    [&](const Value& i, const Values& before) {
+                      const Value before_it = less(parent_of(i), i);
+                      return Values{either(before[0], ir_.op("xor", before_it, yes_if(true)))};
+                    })[0];
+  }
+  /// The tokens from the root to `token` (-1: none), a bit each.
+  Value path_to(const Value& token) {
+    return ir_.loop(i64(0), ir_.add(token, i64(1)), 1, {i64(0), token}, [&](const Value&, const Values& x) {
+      const Value more = less(i64(-1), x[1]), at = ir_.select(more, x[1], i64(0));
+      const Value bit = ir_.select(more, ir_.op("shl", i64(1), at), i64(0));
+      return Values{ir_.op("or", x[0], bit), ir_.select(more, parent_of(at), i64(-1))};
+    })[0];
+  }
+  Value in_path(const Value& path, const Value& i) {
+    return ir_.compare("icmp ne", ir_.op("and", ir_.op("lshr", path, i), i64(1)), i64(0));
+  }
+
+  /// Runs the sequence unless it is padding, a no-op or refused.
+  void run_in_place(const Value& begin, const Value& end) {
+    const Places places = find_places(ir_.sub(end, begin));
+    const bool replay = p_.operation == Operation::replay;
+    if (!p_.state_pool && !p_.tree && !replay) return run_sequence(begin, end);
     ir_.branch(
-        either(padding, refused),
+        either(places.idle, places.refused),
         [&] {
-          zero_output(begin, end);
+          if (!replay) zero_output(begin, end);
           ir_.branch(
-              padding, [] {}, [&] { report(); });
+              places.refused, [&] { report(); }, [] {});
         },
-        [&] { run_sequence(begin, end); });
+        [&] {
+          if (replay)
+            run_replay(begin);
+          else
+            run_sequence(begin, end);
+        });
   }
   /// One of the items of a refused sequence raises the error word.
   void report() {
@@ -153,13 +245,97 @@ private:
     zero(keys_[1], padded(p_.key_dim)); // before the first token: no update
     zero(u_, columns_);
     const Values last = ir_.loop(begin, end, 1, {keys_[0], keys_[1]}, [&](const Value& t, const Values& k) {
+      const Value i = ir_.sub(t, begin);
+      if (p_.tree) follow_parent(begin, i, k[0]);
       const Token token = prepare(t, k[0]);
       for (int c = 0; c < columns_; c += 4 * width_)
         step(token, k[0], k[1], c, std::min(4 * width_, columns_ - c) / width_);
       host::store_row(ir_, p_.dtype, o_, output_row(o_rows_, t), valid_);
+      if (p_.updates) keep_update(t, k[0]);
+      if (p_.every_state) store_state(k[0], place_after(i));
       return Values{k[1], k[0]};
     });
-    store_state(last[1]);
+    if (!p_.every_state) store_state(last[1], write_);
+  }
+
+  // --- updates ---------------------------------------------------------------------------------------------
+  Value key_head() { return ir_.div(head_, i64(p_.value_heads / p_.heads)); }
+  struct Update {
+    Value u, k, decay; ///< rows in memory, u from this slice's first column on
+  };
+  Update update(const Value& t) {
+    const auto at = [&](std::size_t offset, const Value& head) {
+      return row(rows(offset, DType::fp32, head), t);
+    };
+    return {ir_.at(at(offsetof(KernelArgs, update_u), head_), "float", column_),
+            at(offsetof(KernelArgs, update_k), key_head()), at(offsetof(KernelArgs, update_decay), head_)};
+  }
+  /// Keeps u_, and by one of a head's slices the keys and the decay; keys are those of a group's first head.
+  void keep_update(const Value& t, const Value& k) {
+    const Update x = update(t);
+    host::store_row(ir_, DType::fp32, u_, x.u, valid_);
+    const Value first = ir_.compare("icmp eq", column_, i64(0)), keys = i64(p_.key_dim);
+    ir_.branch(
+        first, [&] { host::store_row(ir_, DType::fp32, gate_, x.decay, keys); }, [] {});
+    const Value leads = ir_.compare("icmp eq", ir_.op("srem", head_, i64(p_.value_heads / p_.heads)), i64(0));
+    ir_.branch(
+        both(first, leads), [&] { host::store_row(ir_, DType::fp32, k, x.k, keys); }, [] {});
+  }
+  /// S <- diag(gate_) S + k u^T, with the bits that step and store_state leave.
+  void apply_update(const Value& k) {
+    ir_.loop(i64(0), i64(p_.key_dim), 1, [&](const Value& d) {
+      const auto element = [&](const Value& x) {
+        return ir_.splat(ir_.load("float", ir_.at(x, "float", d), 4), width_);
+      };
+      const Value key = element(k), decay = element(gate_), line = state_row(d);
+      ir_.loop(i64(0), i64(columns_), width_, [&](const Value& c) {
+        put(ir_.fma(key, vector_at(u_, c), ir_.mul(vector_at(line, c), decay)), line, c);
+      });
+    });
+  }
+  /// A token of a tree whose parent is not the token before it starts again from the initial state and the
+  /// updates on the way to the parent. Keys and decays of those tokens are prepared again: other items write
+  /// them.
+  void follow_parent(const Value& begin, const Value& i, const Value& k) {
+    const Value parent = parent_of(i);
+    ir_.branch(
+        ir_.compare("icmp eq", ir_.add(parent, i64(1)), i), [] {},
+        [&] {
+          load_state();
+          const Value path = path_to(parent);
+          ir_.loop(i64(0), ir_.add(parent, i64(1)), 1, [&](const Value& j) {
+            ir_.branch(
+                in_path(path, j),
+                [&] {
+                  const Value t = ir_.add(begin, j);
+                  prepare(t, k);
+                  host::load_row(ir_, DType::fp32, update(t).u, u_, valid_);
+                  apply_update(k);
+                },
+                [] {});
+          });
+          zero(u_, columns_);
+        });
+  }
+  /// The accepted tokens' updates.
+  void run_replay(const Value& begin) {
+    load_state();
+    const Value path = p_.tree ? path_to(ir_.sub(steps_, i64(1))) : i64(-1);
+    ir_.loop(i64(0), steps_, 1, [&](const Value& i) {
+      const auto apply = [&] {
+        const Update x = update(ir_.add(begin, i));
+        host::load_row(ir_, DType::fp32, x.u, u_, valid_);
+        host::load_row(ir_, DType::fp32, x.k, keys_[0], i64(p_.key_dim));
+        host::load_row(ir_, DType::fp32, x.decay, gate_, i64(p_.key_dim));
+        apply_update(keys_[0]);
+      };
+      if (p_.tree)
+        ir_.branch(in_path(path, i), apply, [] {});
+      else
+        apply();
+    });
+    zero(u_, columns_);
+    store_state(keys_[0], write_);
   }
 
   // --- states ----------------------------------------------------------------------------------------------
@@ -214,9 +390,9 @@ private:
     });
   }
 
-  /// `k`: the keys of the last token, whose update is still due.
-  void store_state(const Value& k) {
-    with_state(offsetof(KernelArgs, final_state), write_, [&](const Value& matrix) {
+  /// `k`: the keys of the last token, whose update is still due, and is not when the state has been stored.
+  void store_state(const Value& k, const Value& place) {
+    with_state(offsetof(KernelArgs, final_state), place, [&](const Value& matrix) {
       ir_.loop(i64(0), i64(p_.key_dim), 1, [&](const Value& d) {
         const Value key = ir_.splat(ir_.load("float", ir_.at(k, "float", d), 4), width_);
         ir_.loop(i64(0), i64(columns_), width_, [&](const Value& c) {
@@ -230,14 +406,14 @@ private:
           ir_.store(host::narrow(ir_, p_.state_dtype, ir_.load("float", here, 4)), there,
                     size_of(p_.state_dtype));
         });
+      zero(u_, columns_); // the update is in the state now
     });
   }
 
   // --- a token ---------------------------------------------------------------------------------------------
   void load_head() {
-    const Value key_head = ir_.div(head_, i64(p_.value_heads / p_.heads));
-    q_rows_ = rows(offsetof(KernelArgs, q), p_.dtype, key_head);
-    k_rows_ = rows(offsetof(KernelArgs, k), p_.dtype, key_head);
+    q_rows_ = rows(offsetof(KernelArgs, q), p_.dtype, key_head());
+    k_rows_ = rows(offsetof(KernelArgs, k), p_.dtype, key_head());
     v_rows_ = rows(offsetof(KernelArgs, v), p_.dtype, head_);
     o_rows_ = rows(offsetof(KernelArgs, o), p_.dtype, head_);
     g_rows_ = rows(offsetof(KernelArgs, g), p_.gate_dtype, head_);
@@ -341,11 +517,13 @@ private:
     }
   }
 
-  static constexpr int kNowhere = -1; ///< no slot
+  static constexpr int kNowhere = -1;        ///< no slot
+  static constexpr int kMostTreeTokens = 64; ///< bits of a path
   int columns_, slices_;
   Value state_, q_, gate_, bias_, keys_[2], v_, u_, o_; // scratch
   Value sequence_, batch_, head_, column_, valid_;      // of the item
   Value read_, write_;                                  // of the sequence: its states in the two tensors
+  Value steps_;                                         // of the sequence: tokens to replay
   Value a_, bound_, scale_;                             // of the head
   Rows q_rows_, k_rows_, v_rows_, o_rows_, g_rows_, beta_rows_;
 };

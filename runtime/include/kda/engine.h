@@ -47,8 +47,8 @@ struct IndexTensor {
   IndexType dtype = IndexType::int64;
   std::int64_t size = 0; ///< N+1
 };
-/// Whole numbers by sequence, [N]. Strides are in elements and taken as they are: a 0 is refused where there
-/// is more than one element.
+/// Whole numbers by sequence, [N], or by sequence and column, [N, columns]. Strides are in elements and taken
+/// as they are: a 0 is refused where there is more than one element.
 struct IndexTable {
   const void* data = nullptr; ///< on the kernel's device, never read back
   IndexType dtype = IndexType::int32;
@@ -72,25 +72,46 @@ enum class PaddingPolicy : std::uint8_t { none, negative, zero, both };
 /// [slots,HV,V,K]: the same memory (in place) or two. Sequence n starts from slot read_slots[n] of
 /// initial_state (from zero where that is absent) and leaves its state in slot write_slots[n] of final_state
 /// (nowhere where that is absent). stride[0], the distance of two slots, is 64-bit and may leave gaps. The
-/// numbers are read by the kernel, so that a replayed CUDA graph sees what they hold then.
-///   * Padding: a sequence whose read slot is skipped by the padding policy (its write slot where there is no
-///     initial_state) gets o = 0 and touches no slot. Where only the write slot is skipped, o is computed and
-///     the state is not kept.
+/// numbers of every table are read by the kernel, so that a replayed CUDA graph sees what they hold then.
+///   * Padding: a sequence whose read slot is skipped by the padding policy (its first write slot where there
+///     is no initial_state) gets o = 0 and touches no slot. Where only a write slot is skipped, o is computed
+///     and the state is not kept.
 ///   * Refused: a slot number that is not skipped and not in [0, slots) gives o = 0, touches no slot and
 ///     raises slot_error to 1 + n where it is less; with several the largest n stays. Zero it before the
-///     call.
+///     call. The same becomes of an accepted count, a parent or a length that its table cannot hold.
 ///   * A sequence without tokens copies its state from the one slot to the other.
 ///   * Sequences of one call must not write the same slot, nor one the slot that another reads.
+///
+/// Verifying drafts. A call of several tokens a sequence, of which the caller accepts some afterwards:
+///   * Problem::every_state: write_slots is [N, columns]; the state after token t of sequence n goes to slot
+///     write_slots[n, t]. Tokens beyond the columns refuse the sequence; columns beyond its tokens are not
+///     touched. The next call passes the same table as read_slots and accepted[n], how many of the tokens
+///     were accepted: it starts from read_slots[n, accepted[n] - 1].
+///   * Only the last state: without every_state.
+///   * Problem::updates: what every token does to the state is kept, not the state: u, k and decay in
+///     update_u, update_k and update_decay, fp32 tensors of [B,T,HV,V], [B,T,H,K] and [B,T,HV,K]; final_state
+///     is then mostly absent. The operation replay takes them, initial_state and accepted[n], and leaves in
+///     final_state the state after the first accepted[n] tokens, with the bits that the recurrence would have
+///     left. Sequences that were padding or refused leave their rows as they are.
+///   * accepted[n] = 0 is a no-op in either operation: o = 0, no slot is touched, in place or not.
+///   * Problem::tree: the tokens of a sequence are a tree of at most 64. parents[n, t] is the token, counted
+///   in
+///     the sequence, that token t continues, before it in order; negative: the initial state. Every token
+///     gets the same bits as in a chain of its ancestors. accepted[n] is 1 + the last accepted token here,
+///     and that token's ancestors are what replay applies. No "last" state is kept: final_state goes with
+///     every_state. In place, no slot of write_slots[n] may be the one that n reads.
 struct Args {
   Tensor q, k, v, g, beta, A_log, dt_bias, initial_state, o, final_state;
   Tensor d_o, d_final_state, d_q, d_k, d_v, d_g, d_beta, d_A_log, d_dt_bias, d_initial_state;
   IndexTensor cu_seqlens;
-  // With a state pool only:
-  IndexTable read_slots, write_slots; ///< given where initial_state and final_state are
-  PaddingPolicy padding = PaddingPolicy::none;
-  std::int32_t* slot_error = nullptr; ///< one word on the kernel's device; null: nobody looks
-  float scale = 0;                    ///< 0: K^-1/2
-  float lower_bound = -5;             ///< of the bounded gates
+  Tensor update_u, update_k, update_decay; ///< recurrent with updates: out; replay: in
+  IndexTable read_slots, write_slots;      ///< with a pool: given where initial_state and final_state are
+  IndexTable accepted; ///< [N]; replay; recurrent: with a pool, required where read_slots has columns
+  IndexTable parents;  ///< with a tree: [N, columns]
+  PaddingPolicy padding = PaddingPolicy::none; ///< with a pool
+  std::int32_t* slot_error = nullptr;          ///< one word on the kernel's device; null: nobody looks
+  float scale = 0;                             ///< 0: K^-1/2
+  float lower_bound = -5;                      ///< of the bounded gates
 };
 
 class Backend; // runtime/src/backend.h

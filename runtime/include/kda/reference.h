@@ -31,6 +31,18 @@ struct Gradients {
 
 /// Token by token: S <- diag(e^g) S; u = beta (v - S^T k); S <- S + k u^T; o = scale S^T q.
 [[nodiscard]] Outputs recurrence(const Inputs&);
+/// What a verify of drafts leaves. Rows as in Inputs; `states` is by token, [B*T,HV,K,V].
+struct Verified {
+  Array o, states, u, k, decay;
+};
+/// `parents`: of every token of the flattened token axis, counted in its sequence, -1 for the initial state;
+/// empty: the token before.
+[[nodiscard]] Verified verify(const Inputs&, const std::vector<std::int64_t>& parents = {});
+/// The state of each sequence after the token accepted[n] - 1 and its ancestors, from in.initial_state and
+/// the updates; the initial state where accepted[n] is 0.
+[[nodiscard]] Array replay(const Inputs& in, const Verified& updates,
+                           const std::vector<std::int64_t>& accepted,
+                           const std::vector<std::int64_t>& parents = {});
 /// The same by chunks of `chunk` tokens (any length), through L, M and the triangular inverse.
 [[nodiscard]] Outputs chunked(const Inputs&, int chunk);
 /// The adjoint of `recurrence`: every gradient with respect to the inputs as given (before norm, gate,
