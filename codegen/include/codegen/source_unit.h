@@ -32,7 +32,6 @@ struct Launch {
   std::int64_t ctas = 1; ///< a grid of one dimension; host: work items. At most kMostCtas
   unsigned block = 0;    ///< threads of a CTA; 0 on the host
   unsigned shared_bytes = 0;
-  bool overlap = false; ///< may start before the kernel before it has ended; it waits itself
 };
 constexpr std::int64_t kMostCtas = 2147483647; ///< that a CUDA grid has in x
 /// The launches of one call, in order, in one stream; no allocation. A launch without CTAs is left out.

@@ -22,8 +22,6 @@ struct Variant {
   int scan_warps = 0;    ///< warps of the scan, or of a token CTA
   int rows = 0;          ///< token: V rows that one warp owns. Host: V columns of a register tile
   int stages = 0;        ///< depth of the scan's prefetch
-  int streaming = 0;     ///< token: 1: states pass by L1 and leave L2 first
-  int overlap = 0;       ///< token: 1: starts while the kernel before it ends (programmatic dependent launch)
 
   bool operator==(const Variant&) const = default;
 };
