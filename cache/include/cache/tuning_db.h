@@ -14,13 +14,14 @@ struct TuningRow {
   std::string problem; ///< Problem's one line
   std::string bucket;  ///< T and N bucket, e.g. "T8192 N1"
   std::string device, driver, compiler;
-  std::string mode; ///< how it was timed: "cold graph" ...
+  std::string mode; ///< how it was timed: "cold L2, graph" ...
   std::string variant;
-  std::string status, reason; ///< "ok", "rejected", "wrong", "failed"
+  std::string status, reason; ///< those of kda::TuneRow
   double median_us = 0, spread_us = 0, error = 0, floor_us = 0;
   int registers = 0, shared_bytes = 0;
   bool chosen = false;
-  std::string when; ///< UTC, ISO 8601; set by put
+  std::string when;  ///< UTC, ISO 8601; empty: put takes the time
+  std::string image; ///< digest of the cache entry that was measured; empty in rows of schema 1
 };
 
 class TuningDb {
