@@ -54,7 +54,12 @@ void print_table(const std::vector<std::vector<std::string>>& rows, const std::v
 Progress::Progress(std::string what, std::int64_t total) : what_(std::move(what)), total_(total) {}
 
 void Progress::step(std::string_view text) {
-  ++done_;
+  at(done_ + 1, text);
+}
+
+void Progress::at(std::int64_t done, std::string_view text) {
+  if (done == done_) return;
+  done_ = done;
   if (isatty(STDERR_FILENO) != 0) {
     fmt::print(stderr, "\r\033[K{} {}/{} {}", what_, done_, total_, text);
     if (done_ == total_) fmt::print(stderr, "\n");

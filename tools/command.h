@@ -39,6 +39,8 @@ class Progress {
 public:
   Progress(std::string what, std::int64_t total);
   void step(std::string_view text);
+  /// Step number `done`, of steps that may be left out or come twice.
+  void at(std::int64_t done, std::string_view text);
 
 private:
   std::string what_;

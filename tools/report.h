@@ -7,8 +7,6 @@ namespace kda::tools {
 
 /// A heading line and a table on stdout, fastest first.
 void print_report(const TuneReport& report);
-/// {"schema": 1, "reports": [...]}.
-[[nodiscard]] std::string reports_json(const std::vector<TuneReport>& reports);
 /// One self-contained page: per problem a table and an SVG of every candidate's time against the byte floor.
 [[nodiscard]] std::string reports_html(const std::vector<TuneReport>& reports);
 

@@ -19,7 +19,7 @@ INDEX_TYPES = ("int32", "int64")
 STATE_LAYOUTS = ("k_v", "v_k")
 PADDING_POLICIES = ("none", "negative", "zero", "both")
 GATES = ("log_e", "log2", "softplus", "bounded", "bounded_no_a")
-TUNE = ("off", "cached", "on", "force")
+TUNE = ("off", "cached", "on", "force", "pinned")
 TENSORS = ("q k v g beta A_log dt_bias initial_state o final_state d_o d_final_state d_q d_k d_v d_g d_beta d_A_log "
            "d_dt_bias d_initial_state").split()
 UPDATES = ("update_u", "update_k", "update_decay")

@@ -51,7 +51,8 @@ typedef enum kda_tune_mode {
   KDA_TUNE_OFF = 0,
   KDA_TUNE_CACHED = 1,
   KDA_TUNE_ON = 2,
-  KDA_TUNE_FORCE = 3
+  KDA_TUNE_FORCE = 3,
+  KDA_TUNE_PINNED = 4 /* the pins of KDA_JIT_TUNE_PINS: read_environment must not be 0 */
 } kda_tune_mode;
 
 typedef enum kda_padding_policy {

@@ -1,6 +1,7 @@
 #pragma once
 // What the engine needs of a device. Three implementations: the CUDA driver, the host (LLVM ORC), and the
-// emulator of tests/emulator. Everything is thread-safe.
+// emulator of tests/emulator. Everything is thread-safe. While another thread captures a stream into a graph,
+// everything but `launch`, `fill` and `wait` on that stream, and `synchronize`, leaves the capture valid.
 #include "codegen/source_unit.h"
 #include "cuda/kernel_args.cuh"
 #include <functional>
@@ -18,6 +19,10 @@ struct Image {
   std::string log;
   std::vector<KernelFigures> kernels;
 };
+
+/// How time_us runs its work on a GPU: launched, or captured into a graph that is replayed. Elsewhere the
+/// same.
+enum class Replay : std::uint8_t { eager, graph };
 
 /// A loaded image. `launch` runs entry `launch.entry`; on the host grid.x items are spread over the pool.
 class Module {
@@ -48,13 +53,23 @@ public:
 
   [[nodiscard]] virtual Result<void*> allocate(std::size_t bytes) const = 0;
   virtual void release(void*) const = 0;
+  /// Copies do not wait for kernels of the caller's streams, and are complete on return.
   virtual Status copy_to_device(void* to, const void* from, std::size_t bytes) const = 0;
   virtual Status copy_from_device(void* to, const void* from, std::size_t bytes) const = 0;
+  /// Waits for all of the device's work; not while a stream of it is being captured.
   virtual Status synchronize() const = 0;
+  /// The stream of time_us and of a tuner's work, which waits for no other stream.
+  [[nodiscard]] virtual void* stream() const { return nullptr; }
+  /// Waits for the work of one stream.
+  virtual Status wait(void* /*stream*/) const { return synchronize(); }
+  /// Whether calls into `stream` are being captured into a graph.
+  [[nodiscard]] virtual bool capturing(void* /*stream*/) const { return false; }
   /// Sets 32-bit words; poisons outputs and flushes L2.
   virtual Status fill(void* to, std::uint32_t word, std::size_t words, void* stream) const = 0;
-  /// Microseconds that `work` keeps the device busy: events on a GPU, a clock on the host.
-  [[nodiscard]] virtual Result<double> time_us(const std::function<Status(void* stream)>& work) const = 0;
+  /// Microseconds that `work`, put into the stream it is given, keeps the device busy: events on a GPU, a
+  /// clock on the host.
+  [[nodiscard]] virtual Result<double> time_us(const std::function<Status(void* stream)>& work,
+                                               Replay replay) const = 0;
 };
 
 } // namespace kda

@@ -189,7 +189,7 @@ int32_t kda_engine_create(const kda_engine_options* c, kda_engine** out) {
     }
     if (c->cache_directory != nullptr) options.cache_directory = c->cache_directory;
     if (c->tune >= 0) {
-      if (!in_range(c->tune, TuneMode::force))
+      if (!in_range(c->tune, TuneMode::pinned))
         return set_error(KDA_INVALID_ARGUMENT, "tune is not a kda_tune_mode");
       options.tune = static_cast<TuneMode>(c->tune);
     }

@@ -2,6 +2,7 @@
 #include "kda/case_io.h"
 #include <algorithm>
 #include <cstring>
+#include <fmt/format.h>
 #include <numeric>
 #include <random>
 
@@ -21,6 +22,16 @@ CallTensors::~CallTensors() {
     backend_->release(table);
 }
 
+Result<void*> CallTensors::allocate(std::size_t bytes) {
+  if (most_bytes_ > 0 && bytes_ + bytes > most_bytes_)
+    return fail(ErrorCode::out_of_memory,
+                fmt::format("the tensors need more than the {:.1f} MiB that a tuner may hold",
+                            static_cast<double>(most_bytes_) / 0x1p20));
+  auto data = backend_->allocate(bytes);
+  if (data) bytes_ += bytes;
+  return data;
+}
+
 Status CallTensors::add(const std::string& name, Tensor& slot, DType dtype,
                         std::initializer_list<std::int64_t> shape, bool output, bool state, double mean,
                         double deviation) {
@@ -32,7 +43,7 @@ Status CallTensors::add(const std::string& name, Tensor& slot, DType dtype,
   for (const std::int64_t n : shape)
     count *= n;
   b.bytes = static_cast<std::size_t>(count) * static_cast<std::size_t>(size_of(dtype));
-  const auto data = backend_->allocate((b.bytes + 3) / 4 * 4);
+  const auto data = allocate((b.bytes + 3) / 4 * 4);
   if (!data) return tl::unexpected(data.error());
   b.tensor.data = *data;
   if (!output) {
@@ -136,7 +147,7 @@ Result<void*> CallTensors::upload(const std::vector<std::int64_t>& numbers, Inde
   const bool wide = type == IndexType::int64;
   const std::vector<std::int32_t> narrow(numbers.begin(), numbers.end());
   const std::size_t bytes = numbers.size() * (wide ? 8 : 4);
-  const auto data = backend_->allocate(bytes);
+  const auto data = allocate(bytes);
   if (!data) return data;
   tables_.push_back(*data);
   const void* const from = wide ? static_cast<const void*>(numbers.data()) : narrow.data();
@@ -193,7 +204,8 @@ Status CallTensors::add_tables() {
 Status CallTensors::poison() const {
   for (const auto& [name, b] : buffers_)
     if (b.output)
-      if (Status ok = backend_->fill(b.tensor.data, 0xFFFFFFFFU, (b.bytes + 3) / 4, nullptr); !ok) return ok;
+      if (Status ok = backend_->fill(b.tensor.data, 0xFFFFFFFFU, (b.bytes + 3) / 4, backend_->stream()); !ok)
+        return ok;
   return {};
 }
 

@@ -9,7 +9,9 @@ namespace kda {
 
 class CallTensors {
 public:
-  explicit CallTensors(std::shared_ptr<const Backend> backend) : backend_(std::move(backend)) {}
+  /// `most_bytes` limits what create may take of the device; 0: nothing does.
+  explicit CallTensors(std::shared_ptr<const Backend> backend, std::uint64_t most_bytes = 0)
+      : backend_(std::move(backend)), most_bytes_(most_bytes) {}
   ~CallTensors();
   CallTensors(const CallTensors&) = delete;
   CallTensors& operator=(const CallTensors&) = delete;
@@ -18,7 +20,9 @@ public:
   /// when they do not fit.
   Status create(const Problem&, const Sizes&, std::uint64_t seed);
   [[nodiscard]] const Args& args() const { return args_; }
-  /// Fills every output with NaN.
+  /// Of the device, that the tensors take.
+  [[nodiscard]] std::uint64_t bytes() const { return bytes_; }
+  /// Fills every output with NaN, in the backend's stream.
   Status poison() const;
   /// An output in float64, states in [K,V], by the name of its member in Args.
   [[nodiscard]] Result<reference::Array> output(const std::string& name) const;
@@ -42,12 +46,14 @@ private:
   };
   Status add(const std::string& name, Tensor& slot, DType dtype, std::initializer_list<std::int64_t> shape,
              bool output, bool state, double mean, double deviation);
+  [[nodiscard]] Result<void*> allocate(std::size_t bytes);
   /// Numbers on the device.
   [[nodiscard]] Result<void*> upload(const std::vector<std::int64_t>& numbers, IndexType type);
   Status add_tables();
   [[nodiscard]] Result<reference::Array> read(const std::string& name) const;
 
   std::shared_ptr<const Backend> backend_;
+  std::uint64_t most_bytes_ = 0, bytes_ = 0;
   Problem problem_;
   Sizes sizes_;
   Args args_;

@@ -1,6 +1,7 @@
 #include "cuda_backend.h"
 #include <array>
 #include <fmt/format.h>
+#include <mutex>
 
 namespace kda {
 namespace {
@@ -20,12 +21,29 @@ private:
   const CudaDriver& d_;
 };
 
+/// The same for work that any capture forbids: allocating, loading, waiting. Relaxed for a scope, this thread
+/// may do it while it or another one captures a stream into a graph, and the capture stays valid.
+class BesideCaptures {
+public:
+  BesideCaptures(const CudaDriver& d, CudaDriver::Handle context) : current_(d, context), d_(d) {
+    d_.exchange_capture_mode(&mode_);
+  }
+  ~BesideCaptures() { d_.exchange_capture_mode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+private:
+  CurrentContext current_;
+  const CudaDriver& d_;
+  int mode_ = CudaDriver::kRelaxed; // then what it was
+};
+
 class CudaModule final : public Module {
 public:
   CudaModule(std::shared_ptr<const CudaDriver> d, CudaDriver::Handle context)
       : d_(std::move(d)), context_(context) {}
   ~CudaModule() override {
-    const CurrentContext current(*d_, context_);
+    const BesideCaptures current(*d_, context_);
     for (CudaDriver::Handle library : libraries_)
       d_->library_unload(library);
   }
@@ -99,7 +117,16 @@ public:
     target_.max_shared_bytes = attribute(CudaDriver::kSharedOptin);
     target_.shared_bytes_per_sm = attribute(CudaDriver::kSharedPerSm);
     target_.registers_per_sm = attribute(CudaDriver::kRegistersPerSm);
-    return d_->check(d_->primary_retain(&context_, device_), "cuDevicePrimaryCtxRetain");
+    if (Status ok = d_->check(d_->primary_retain(&context_, device_), "cuDevicePrimaryCtxRetain"); !ok)
+      return ok;
+    // Streams of our own, that wait for no other: the default stream would break a capture of a blocking
+    // stream.
+    const BesideCaptures current(*d_, context_);
+    for (CudaDriver::Handle* stream : {&stream_, &copies_})
+      if (Status ok = d_->check(d_->stream_create(stream, CudaDriver::kNonBlockingStream), "cuStreamCreate");
+          !ok)
+        return ok;
+    return {};
   }
 
   [[nodiscard]] const Target& target() const override { return target_; }
@@ -126,7 +153,7 @@ public:
     if (!cubins) return refused(cubins.error().message);
     if (cubins->size() != unit.entries.size())
       return refused(fmt::format("it holds {} kernels of {}", cubins->size(), unit.entries.size()));
-    const CurrentContext current(*d_, context_);
+    const BesideCaptures current(*d_, context_);
     auto module = std::make_shared<CudaModule>(d_, context_);
     for (std::size_t i = 0; i < cubins->size(); ++i)
       if (Status ok = module->add((*cubins)[i], unit.entries[i], device_, target_.max_shared_bytes); !ok)
@@ -135,7 +162,7 @@ public:
   }
 
   [[nodiscard]] Result<void*> allocate(std::size_t bytes) const override {
-    const CurrentContext current(*d_, context_);
+    const BesideCaptures current(*d_, context_);
     CudaDriver::DevicePointer p = 0;
     if (Status ok = d_->check(d_->allocate(&p, std::max<std::size_t>(bytes, 256)), "cuMemAlloc"); !ok)
       return fail(ok.error().code,
@@ -143,50 +170,111 @@ public:
     return reinterpret_cast<void*>(p);
   }
   void release(void* p) const override {
-    const CurrentContext current(*d_, context_);
+    const BesideCaptures current(*d_, context_);
     d_->release(reinterpret_cast<CudaDriver::DevicePointer>(p));
   }
   Status copy_to_device(void* to, const void* from, std::size_t bytes) const override {
-    const CurrentContext current(*d_, context_);
-    return d_->check(d_->copy_to_device(reinterpret_cast<CudaDriver::DevicePointer>(to), from, bytes),
-                     "cuMemcpyHtoD");
+    const BesideCaptures current(*d_, context_);
+    return finish_copy(
+        d_->copy_to_device(reinterpret_cast<CudaDriver::DevicePointer>(to), from, bytes, copies_),
+        "cuMemcpyHtoDAsync");
   }
   Status copy_from_device(void* to, const void* from, std::size_t bytes) const override {
-    const CurrentContext current(*d_, context_);
-    return d_->check(d_->copy_to_host(to, reinterpret_cast<CudaDriver::DevicePointer>(from), bytes),
-                     "cuMemcpyDtoH");
+    const BesideCaptures current(*d_, context_);
+    return finish_copy(
+        d_->copy_to_host(to, reinterpret_cast<CudaDriver::DevicePointer>(from), bytes, copies_),
+        "cuMemcpyDtoHAsync");
   }
   Status synchronize() const override {
-    const CurrentContext current(*d_, context_);
+    const BesideCaptures current(*d_, context_);
     return d_->check(d_->context_synchronize(), "cuCtxSynchronize");
+  }
+  [[nodiscard]] void* stream() const override { return stream_; }
+  Status wait(void* stream) const override {
+    const BesideCaptures current(*d_, context_);
+    return d_->check(d_->stream_synchronize(stream), "cuStreamSynchronize");
+  }
+  [[nodiscard]] bool capturing(void* stream) const override {
+    const CurrentContext current(*d_, context_);
+    int status = 0; // the default stream answers with an error while it must not be used
+    return d_->stream_is_capturing(stream, &status) != 0 || status != 0;
   }
   Status fill(void* to, std::uint32_t word, std::size_t words, void* stream) const override {
     const CurrentContext current(*d_, context_);
     return d_->check(d_->fill_words(reinterpret_cast<CudaDriver::DevicePointer>(to), word, words, stream),
                      "cuMemsetD32");
   }
-  [[nodiscard]] Result<double> time_us(const std::function<Status(void* stream)>& work) const override {
-    const CurrentContext current(*d_, context_);
-    CudaDriver::Handle begin = nullptr, end = nullptr;
-    d_->event_create(&begin, 0);
-    d_->event_create(&end, 0);
-    d_->event_record(begin, nullptr);
-    Status ok = work(nullptr);
-    d_->event_record(end, nullptr);
-    if (ok) ok = d_->check(d_->event_synchronize(end), "cuEventSynchronize");
+  [[nodiscard]] Result<double> time_us(const std::function<Status(void* stream)>& work,
+                                       Replay replay) const override {
+    const BesideCaptures current(*d_, context_);
+    const std::scoped_lock lock(timing_);
+    Recorded recorded(*d_);
+    if (replay == Replay::graph)
+      if (const Status ok = recorded.capture(stream_, work); !ok) return tl::unexpected(ok.error());
+    const Event begin(*d_), end(*d_);
+    d_->event_record(begin.handle, stream_);
+    Status ok = replay == Replay::graph ? recorded.launch(stream_) : work(stream_);
+    d_->event_record(end.handle, stream_);
+    if (ok) ok = d_->check(d_->event_synchronize(end.handle), "cuEventSynchronize");
     float ms = 0;
-    if (ok) ok = d_->check(d_->event_elapsed(&ms, begin, end), "cuEventElapsedTime");
-    d_->event_destroy(begin);
-    d_->event_destroy(end);
+    if (ok) ok = d_->check(d_->event_elapsed(&ms, begin.handle, end.handle), "cuEventElapsedTime");
     if (!ok) return tl::unexpected(ok.error());
     return static_cast<double>(ms) * 1e3;
   }
 
 private:
+  struct Event {
+    explicit Event(const CudaDriver& driver) : d(driver) { d.event_create(&handle, 0); }
+    ~Event() { d.event_destroy(handle); }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+    const CudaDriver& d;
+    CudaDriver::Handle handle = nullptr;
+  };
+
+  /// Work as a graph, ready on the device.
+  class Recorded {
+  public:
+    explicit Recorded(const CudaDriver& d) : d_(d) {}
+    ~Recorded() {
+      if (executable_ != nullptr) d_.graph_executable_destroy(executable_);
+      if (graph_ != nullptr) d_.graph_destroy(graph_);
+    }
+    Recorded(const Recorded&) = delete;
+    Recorded& operator=(const Recorded&) = delete;
+
+    Status capture(CudaDriver::Handle stream, const std::function<Status(void* stream)>& work) {
+      if (Status ok = d_.check(d_.stream_begin_capture(stream, CudaDriver::kRelaxed), "cuStreamBeginCapture");
+          !ok)
+        return ok;
+      const Status ok = work(stream);
+      const Status ended = d_.check(d_.stream_end_capture(stream, &graph_), "cuStreamEndCapture");
+      if (!ok) return ok;
+      if (!ended) return ended;
+      if (Status made = d_.check(d_.graph_instantiate(&executable_, graph_, 0), "cuGraphInstantiate"); !made)
+        return made;
+      return d_.check(d_.graph_upload(executable_, stream), "cuGraphUpload");
+    }
+    Status launch(CudaDriver::Handle stream) const {
+      return d_.check(d_.graph_launch(executable_, stream), "cuGraphLaunch");
+    }
+
+  private:
+    const CudaDriver& d_;
+    CudaDriver::Handle graph_ = nullptr, executable_ = nullptr;
+  };
+
+  Status finish_copy(int code, const char* call) const {
+    if (Status ok = d_->check(code, call); !ok) return ok;
+    return d_->check(d_->stream_synchronize(copies_), call);
+  }
+
   std::shared_ptr<const CudaDriver> d_;
   Result<std::shared_ptr<const Nvrtc>> nvrtc_;
   CudaDriver::Device device_ = 0;
   CudaDriver::Handle context_ = nullptr;
+  CudaDriver::Handle stream_ = nullptr, copies_ = nullptr; ///< timed and tuners' work; copies
+  mutable std::mutex timing_;                              ///< of stream_ from its first event to its last
   Target target_;
   std::string name_, id_;
 };

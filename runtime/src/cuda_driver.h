@@ -11,7 +11,7 @@ namespace kda {
 struct CudaDriver {
   using Device = int;
   using DevicePointer = unsigned long long;
-  using Handle = void*; ///< context, stream, event, library, kernel, function
+  using Handle = void*; ///< context, stream, event, library, kernel, function, graph
 
   int (*init)(unsigned) = nullptr;
   int (*driver_version)(int*) = nullptr;
@@ -35,11 +35,21 @@ struct CudaDriver {
                 void**) = nullptr;
   int (*allocate)(DevicePointer*, std::size_t) = nullptr;
   int (*release)(DevicePointer) = nullptr;
-  int (*copy_to_device)(DevicePointer, const void*, std::size_t) = nullptr;
-  int (*copy_to_host)(void*, DevicePointer, std::size_t) = nullptr;
+  int (*copy_to_device)(DevicePointer, const void*, std::size_t, Handle) = nullptr; ///< both in a stream
+  int (*copy_to_host)(void*, DevicePointer, std::size_t, Handle) = nullptr;
   int (*fill_words)(DevicePointer, unsigned, std::size_t, Handle) = nullptr;
   int (*stream_create)(Handle*, unsigned) = nullptr;
   int (*stream_destroy)(Handle) = nullptr;
+  int (*stream_synchronize)(Handle) = nullptr;
+  int (*stream_is_capturing)(Handle, int*) = nullptr; ///< 0: it is not
+  int (*stream_begin_capture)(Handle, int) = nullptr;
+  int (*stream_end_capture)(Handle, Handle*) = nullptr;
+  int (*exchange_capture_mode)(int*) = nullptr; ///< of the calling thread
+  int (*graph_instantiate)(Handle*, Handle, unsigned long long) = nullptr;
+  int (*graph_upload)(Handle, Handle) = nullptr;
+  int (*graph_launch)(Handle, Handle) = nullptr;
+  int (*graph_executable_destroy)(Handle) = nullptr;
+  int (*graph_destroy)(Handle) = nullptr;
   int (*event_create)(Handle*, unsigned) = nullptr;
   int (*event_record)(Handle, Handle) = nullptr;
   int (*event_synchronize)(Handle) = nullptr;
@@ -50,6 +60,8 @@ struct CudaDriver {
   static constexpr int kMultiprocessors = 16, kMajor = 75, kMinor = 76, kSharedPerSm = 81,
                        kRegistersPerSm = 82, kSharedOptin = 97, kL2Bytes = 38;
   static constexpr int kMaxDynamicShared = 8;
+  static constexpr int kRelaxed = 2;                ///< CUstreamCaptureMode
+  static constexpr unsigned kNonBlockingStream = 1; ///< CUstream_flags
 
   int version = 0; ///< 13000 for 13.0
 

@@ -1,6 +1,8 @@
 // The public API over engine_impl: plan, prepare, execute.
 #include "engine_impl.h"
 #include "marshal.h"
+#include "tuning.h"
+#include "tuning_rows.h"
 #include <algorithm>
 #include <bit>
 #include <fmt/format.h>
@@ -48,8 +50,8 @@ Device Plan::device() const {
   return impl_->device;
 }
 std::string Plan::explain() const {
-  return fmt::format("{} on {}: {} ({})", to_string(impl_->problem), to_string(impl_->device),
-                     to_string(impl_->variant), impl_->choice);
+  return fmt::format("{} on {}: {} ({}{}{})", to_string(impl_->problem), to_string(impl_->device),
+                     to_string(impl_->variant), impl_->choice, impl_->note.empty() ? "" : "; ", impl_->note);
 }
 
 // ---- Kernel
@@ -88,8 +90,16 @@ Status Kernel::execute(const Args& args, void* workspace, std::size_t bytes, voi
 // ---- Engine
 
 Result<Engine> Engine::create(EngineOptions options) {
+  std::vector<TuneReport> pins;
+  if (options.tune == TuneMode::pinned)
+    for (const std::filesystem::path& file : options.tune_pins) {
+      auto reports = read_reports(file);
+      if (!reports) return tl::unexpected(reports.error());
+      pins.insert(pins.end(), reports->begin(), reports->end());
+    }
   Engine engine;
   engine.impl_ = Impl::make(std::move(options));
+  engine.impl_->pins = std::move(pins);
   return engine;
 }
 
@@ -134,14 +144,10 @@ Result<Plan> Engine::plan(const Problem& problem, Device device, const Sizes& ty
   const auto backend = impl_->backend(device);
   if (!backend) return tl::unexpected(backend.error());
   const Target& target = (*backend)->target();
-  auto impl = std::make_shared<Plan::Impl>(Plan::Impl{problem, {}, device, typical, "cost model"});
-  const auto fits = [&](const Variant& v) {
-    const auto all = enumerate(problem, target);
-    const auto c = std::find_if(all.begin(), all.end(), [&](const Candidate& x) { return x.variant == v; });
-    return c == all.end() ? std::string("it is not a variant of this problem") : c->rejected;
-  };
+  auto impl = std::make_shared<Plan::Impl>(Plan::Impl{problem, {}, device, typical, "cost model", {}});
+  const TuneMode mode = impl_->options.tune;
   if (variant) {
-    if (const std::string why = fits(*variant); !why.empty())
+    if (const std::string why = misfit(problem, target, *variant); !why.empty())
       return fail(ErrorCode::invalid_argument,
                   fmt::format("the variant '{}' cannot run {} on {}: {}", to_string(*variant),
                               to_string(problem), target.arch, why));
@@ -151,17 +157,18 @@ Result<Plan> Engine::plan(const Problem& problem, Device device, const Sizes& ty
     const auto chosen = choose(problem, target, typical);
     if (!chosen) return tl::unexpected(chosen.error());
     impl->variant = *chosen;
-    if (impl_->options.tune != TuneMode::off)
-      for (const cache::TuningRow& row :
-           impl_->tuning.rows(to_string(problem), bucket(typical), (*backend)->name())) {
-        const auto tuned = parse_variant(row.variant);
-        // A row of another driver or compiler timed other machine code.
-        if (!row.chosen || !tuned || row.driver != (*backend)->driver() ||
-            row.compiler != (*backend)->compiler().value_or("") || !fits(*tuned).empty())
-          continue;
-        impl->variant = *tuned;
-        impl->choice = "tuned";
-      }
+    const bool pinned = mode == TuneMode::pinned;
+    const auto tuned = pinned                  ? pinned_choice(*impl_, **backend, problem, typical)
+                       : mode == TuneMode::off ? TunedChoice{}
+                                               : tuned_choice(*impl_, **backend, problem, typical);
+    if (!tuned) return tl::unexpected(tuned.error());
+    if (tuned->variant) {
+      impl->variant = *tuned->variant;
+      impl->choice = pinned ? "pinned" : "tuned";
+    }
+    impl->note = tuned->note;
+    if (!impl->note.empty())
+      impl_->log_once(fmt::format("{}, {}: {}", to_string(problem), bucket(typical), impl->note));
   }
   Plan plan;
   plan.impl_ = std::move(impl);
@@ -172,17 +179,13 @@ Result<Kernel> Engine::prepare(const Plan& plan) const {
   if (plan.impl_ == nullptr) return fail(ErrorCode::not_prepared, "prepare needs a plan of this engine");
   const TuneMode mode = impl_->options.tune;
   Plan wanted = plan;
-  if (plan.impl_->choice != "given" &&
-      (mode == TuneMode::force || (mode == TuneMode::on && plan.impl_->choice != "tuned"))) {
-    const auto settled = [&] {
-      const auto now = this->plan(plan.problem(), plan.device(), plan.impl_->typical);
-      return mode == TuneMode::on && now && now->impl_->choice == "tuned";
-    };
-    const auto progress = [&](const TuneProgress& p) {
+  if (plan.impl_->choice != "given" && (mode == TuneMode::force || mode == TuneMode::on)) {
+    TuneRequest request;
+    request.progress = [&](const TuneProgress& p) {
       if (p.total == 0) impl_->log(p.stage);
     };
-    if (const auto report =
-            tune_device(impl_, plan.problem(), plan.device(), plan.impl_->typical, progress, settled);
+    if (const auto report = tune_device(impl_, plan.problem(), plan.device(), plan.impl_->typical, request,
+                                        mode == TuneMode::on);
         !report)
       impl_->warn(fmt::format("tuning failed, the cost model's choice is used: {}", report.error().message));
     else if (auto again = this->plan(plan.problem(), plan.device(), plan.impl_->typical); again)
@@ -217,6 +220,13 @@ Result<KernelInfo> Engine::precompile(const Problem& problem, const Variant& var
 
 Status Engine::run(const Problem& problem, Device device, const Sizes& sizes, const Args& args,
                    void* stream) const {
+  const auto backend = impl_->backend(device);
+  if (!backend) return tl::unexpected(backend.error());
+  if ((*backend)->capturing(stream))
+    return fail(
+        ErrorCode::not_prepared,
+        "run prepares, allocates and waits, which no capture can hold: prepare before the capture and "
+        "execute inside it");
   const auto made = plan(problem, device, sizes);
   if (!made) return tl::unexpected(made.error());
   const auto kernel = prepare(*made);
@@ -230,7 +240,7 @@ Status Engine::run(const Problem& problem, Device device, const Sizes& sizes, co
     workspace = *memory;
   }
   Status ok = kernel->execute(args, workspace, *bytes, stream);
-  const Status done = synchronize(device);
+  const Status done = (*backend)->wait(stream);
   if (workspace != nullptr) release(device, workspace);
   return ok ? done : ok;
 }

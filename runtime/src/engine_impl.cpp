@@ -133,6 +133,23 @@ void Engine::Impl::warn(std::string_view line) const {
     fmt::print(stderr, "kda-jit: warning: {}\n", line);
 }
 
+void Engine::Impl::log_once(const std::string& line) {
+  {
+    const std::scoped_lock lock(mutex_);
+    if (!said_.insert(line).second) return;
+  }
+  log(line);
+}
+
+Result<std::string> Engine::Impl::image_key(const Backend& backend, const Problem& problem,
+                                            const Variant& variant) {
+  const auto compiler = backend.compiler();
+  if (!compiler) return compiler;
+  const auto unit = emit(problem, variant, backend.target());
+  if (!unit) return tl::unexpected(unit.error());
+  return key_of(*unit, backend.target(), *compiler).digest();
+}
+
 Result<std::shared_ptr<Backend>> Engine::Impl::backend(const Device& device) {
   if (const Status ok = usable(); !ok) return tl::unexpected(ok.error());
   const std::scoped_lock lock(mutex_);

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <set>
 
 namespace kda {
 
@@ -18,7 +19,8 @@ struct Plan::Impl {
   Variant variant;
   Device device;
   Sizes typical;
-  std::string choice; ///< "cost model", "tuned", "given"
+  std::string choice; ///< "cost model", "tuned", "pinned", "given"
+  std::string note;   ///< why rows or pins did not count; may be empty
 };
 
 struct Kernel::Impl {
@@ -49,6 +51,7 @@ struct Engine::Impl {
   cache::TuningDb tuning;
   Result<std::shared_ptr<const Nvrtc>> nvrtc;
   Result<std::shared_ptr<const CudaDriver>> driver;
+  std::vector<TuneReport> pins; ///< of TuneMode::pinned
   std::atomic<std::int64_t> compiles{0};
 
   /// An error in a child of fork(), where nothing of this engine may be touched, not even its locks.
@@ -59,6 +62,8 @@ struct Engine::Impl {
   [[nodiscard]] Result<Image> image(const SourceUnit&, const Target&, const std::string& compiler,
                                     const std::function<Result<Image>(const SourceUnit&)>& compile,
                                     KernelInfo&);
+  /// The digest of the entry that holds the image of (problem, variant) today.
+  [[nodiscard]] static Result<std::string> image_key(const Backend&, const Problem&, const Variant&);
   /// The module of (problem, variant) on a device, loaded once; a refused image is dropped and compiled
   /// again.
   [[nodiscard]] Result<std::shared_ptr<const Kernel::Impl>> kernel(const std::shared_ptr<Impl>& self,
@@ -68,22 +73,18 @@ struct Engine::Impl {
   [[nodiscard]] int threads() const; ///< of host kernels and parallel compiles
   void log(std::string_view line) const;
   void warn(std::string_view line) const;
+  /// The first time that there is such a line.
+  void log_once(const std::string& line);
 
 private:
   const std::uint32_t forks_ = fork_count();
   Status load(const Backend&, const SourceUnit&, LoadedImage&);
-  std::mutex mutex_;        ///< of the two maps
+  std::mutex mutex_;        ///< of the maps and the set
   std::mutex tuning_mutex_; ///< where there is no lock file
   std::map<std::string, std::shared_ptr<Backend>> backends_;
   std::map<std::string, std::shared_ptr<LoadedImage>> images_;
+  std::set<std::string> said_;
 };
-
-/// Engine::tune. `settled` is asked after waiting for another tuner: when it says that the other has done
-/// this work, the report is empty.
-[[nodiscard]] Result<TuneReport> tune_device(const std::shared_ptr<Engine::Impl>&, const Problem&, Device,
-                                             const Sizes&,
-                                             const std::function<void(const TuneProgress&)>& progress,
-                                             const std::function<bool()>& settled);
 
 /// The bucket of a tuning row: T and N rounded up to powers of two, e.g. "T8192 N1". The only bucket
 /// function.

@@ -1,5 +1,6 @@
 // EngineOptions from the environment, and the names of devices.
 #include "kda/engine.h"
+#include "tune_worker.h"
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -32,8 +33,36 @@ Result<TuneMode> parse_tune_mode(const std::string& text) {
   if (text == "cached") return TuneMode::cached;
   if (text == "on") return TuneMode::on;
   if (text == "force") return TuneMode::force;
+  if (text == "pinned") return TuneMode::pinned;
   return fail(ErrorCode::invalid_argument,
-              fmt::format("KDA_JIT_TUNE is '{}'; choose off, cached, on or force", text));
+              fmt::format("KDA_JIT_TUNE is '{}'; choose off, cached, on, force or pinned", text));
+}
+
+Result<TuneTiming> parse_timing(const std::string& text) {
+  for (const bool warm : {false, true})
+    for (const bool graph : {false, true})
+      if (text == fmt::format("{}-{}", warm ? "warm" : "cold", graph ? "graph" : "eager"))
+        return TuneTiming{warm, graph};
+  return fail(
+      ErrorCode::invalid_argument,
+      fmt::format("KDA_JIT_TUNE_TIMING is '{}'; choose cold-eager, cold-graph, warm-eager or warm-graph",
+                  text));
+}
+
+Result<std::uint64_t> megabytes(const char* name, const std::string& text) {
+  const auto value = number(name, text);
+  if (!value) return tl::unexpected(value.error());
+  return static_cast<std::uint64_t>(std::min(std::ceil(*value * 0x1p20), 0x1p63));
+}
+
+std::vector<std::filesystem::path> paths(const std::string& text) {
+  std::vector<std::filesystem::path> all;
+  for (std::size_t begin = 0; begin < text.size();) {
+    const std::size_t end = std::min(text.find(':', begin), text.size());
+    if (end > begin) all.emplace_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return all;
 }
 
 Status refuse_unknown() {
@@ -57,8 +86,12 @@ std::vector<EnvironmentVariable> environment_variables() {
   return {{"KDA_JIT_CACHE_DIR", "directory of the persistent cache (default: $XDG_CACHE_HOME/kda-jit)"},
           {"KDA_JIT_CACHE_READONLY_DIRS", "further caches that are only read, separated by colons"},
           {"KDA_JIT_CACHE_MAX_MB", "megabytes of disk that the cache may take (default: 1024; 0: no limit)"},
-          {"KDA_JIT_TUNE", "off, cached (default), on or force"},
+          {"KDA_JIT_TUNE", "off, cached (default), on, force or pinned"},
+          {"KDA_JIT_TUNE_PINS", "files of `kda-jit report --json` that pinned takes, separated by colons"},
           {"KDA_JIT_TUNE_BUDGET_MS", "milliseconds that tuning one problem may take (default: 30000)"},
+          {"KDA_JIT_TUNE_MEMORY_MB", "megabytes of the device that a tuner may hold (default: what is free)"},
+          {"KDA_JIT_TUNE_TIMING", "cold-eager (default), cold-graph, warm-eager or warm-graph"},
+          {"KDA_JIT_TUNE_WORKER", "path of kda-jit: candidates then run in a process of their own"},
           {"KDA_JIT_THREADS", "threads of host kernels and of parallel compiles (default: all)"},
           {"KDA_JIT_LOG", "1: every compile and load on stderr; 0 (default): warnings only"},
           {"KDA_JIT_NVRTC", "path of libnvrtc.so (default: the loader's and the CUDA toolkit's)"},
@@ -70,16 +103,11 @@ Result<EngineOptions> EngineOptions::from_environment(bool strict) {
     if (const Status ok = refuse_unknown(); !ok) return tl::unexpected(ok.error());
   EngineOptions options;
   if (const auto text = variable("KDA_JIT_CACHE_DIR")) options.cache_directory = *text;
-  if (const auto text = variable("KDA_JIT_CACHE_READONLY_DIRS"))
-    for (std::size_t begin = 0; begin < text->size();) {
-      const std::size_t end = std::min(text->find(':', begin), text->size());
-      if (end > begin) options.read_only_caches.emplace_back(text->substr(begin, end - begin));
-      begin = end + 1;
-    }
+  if (const auto text = variable("KDA_JIT_CACHE_READONLY_DIRS")) options.read_only_caches = paths(*text);
   if (const auto text = variable("KDA_JIT_CACHE_MAX_MB")) {
-    const auto megabytes = number("KDA_JIT_CACHE_MAX_MB", *text);
-    if (!megabytes) return tl::unexpected(megabytes.error());
-    options.cache_max_bytes = static_cast<std::uint64_t>(std::min(std::ceil(*megabytes * 0x1p20), 0x1p63));
+    const auto bytes = megabytes("KDA_JIT_CACHE_MAX_MB", *text);
+    if (!bytes) return tl::unexpected(bytes.error());
+    options.cache_max_bytes = *bytes;
   }
   if (const auto text = variable("KDA_JIT_TUNE")) {
     const auto mode = parse_tune_mode(*text);
@@ -91,6 +119,18 @@ Result<EngineOptions> EngineOptions::from_environment(bool strict) {
     if (!ms) return tl::unexpected(ms.error());
     options.tune_budget_seconds = *ms / 1e3;
   }
+  if (const auto text = variable("KDA_JIT_TUNE_PINS")) options.tune_pins = paths(*text);
+  if (const auto text = variable("KDA_JIT_TUNE_MEMORY_MB")) {
+    const auto bytes = megabytes("KDA_JIT_TUNE_MEMORY_MB", *text);
+    if (!bytes) return tl::unexpected(bytes.error());
+    options.tune_memory_bytes = *bytes;
+  }
+  if (const auto text = variable("KDA_JIT_TUNE_TIMING")) {
+    const auto timing = parse_timing(*text);
+    if (!timing) return tl::unexpected(timing.error());
+    options.tune_timing = *timing;
+  }
+  if (const auto text = variable("KDA_JIT_TUNE_WORKER")) options.tune_worker = *text;
   if (const auto text = variable("KDA_JIT_THREADS")) {
     const auto threads = number("KDA_JIT_THREADS", *text);
     if (!threads) return tl::unexpected(threads.error());
@@ -106,6 +146,30 @@ Result<EngineOptions> EngineOptions::from_environment(bool strict) {
   }
   if (const auto text = variable("KDA_JIT_NVRTC")) options.nvrtc = *text;
   return options;
+}
+
+std::vector<std::string> worker_environment(const EngineOptions& o, const std::filesystem::path& cache,
+                                            double budget_seconds) {
+  constexpr std::string_view kPrefix = "KDA_JIT_";
+  std::vector<std::string> all;
+  for (char** entry = environ; *entry != nullptr; ++entry)
+    if (std::string_view(*entry).substr(0, kPrefix.size()) != kPrefix) all.emplace_back(*entry);
+  const auto add = [&](const char* name, const auto& value) {
+    all.push_back(fmt::format("{}={}", name, value));
+  };
+  std::string read_only;
+  for (const std::filesystem::path& directory : o.read_only_caches)
+    read_only += directory.native() + ":";
+  add("KDA_JIT_CACHE_DIR", cache.native());
+  add("KDA_JIT_CACHE_READONLY_DIRS", read_only);
+  add("KDA_JIT_CACHE_MAX_MB", static_cast<double>(o.cache_max_bytes) / 0x1p20);
+  add("KDA_JIT_TUNE_BUDGET_MS", budget_seconds * 1e3);
+  add("KDA_JIT_TUNE_MEMORY_MB", static_cast<double>(o.tune_memory_bytes) / 0x1p20);
+  add("KDA_JIT_TUNE_TIMING",
+      fmt::format("{}-{}", o.tune_timing.warm_l2 ? "warm" : "cold", o.tune_timing.graph ? "graph" : "eager"));
+  add("KDA_JIT_THREADS", o.threads);
+  if (o.nvrtc) add("KDA_JIT_NVRTC", o.nvrtc->native());
+  return all;
 }
 
 std::string to_string(const Device& d) {

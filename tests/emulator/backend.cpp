@@ -212,7 +212,7 @@ public:
     if (options_.checked) Memory::written(to, words * sizeof word);
     return {};
   }
-  Result<double> time_us(const std::function<Status(void* stream)>& work) const override {
+  Result<double> time_us(const std::function<Status(void* stream)>& work, Replay) const override {
     const auto begin = std::chrono::steady_clock::now();
     if (Status ok = work(nullptr); !ok) return tl::unexpected(ok.error());
     return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count();

@@ -52,6 +52,7 @@ TEST_CASE("the gradients of a long sequence have the same bits in every run", "[
   const auto run = [&] {
     REQUIRE(call.tensors.poison());
     REQUIRE(backend->fill(call.workspace, 0xFFFFFFFF, call.bytes / 4, nullptr));
+    REQUIRE(backend->synchronize());
     REQUIRE(call.execute());
     REQUIRE(backend->synchronize());
     std::vector<reference::Array> all;

@@ -32,7 +32,9 @@ void check_refused(const char* name, const char* value, const char* sentence) {
 TEST_CASE("every variable reaches its option") {
   const Variable a("KDA_JIT_CACHE_DIR", "/a b"), b("KDA_JIT_CACHE_READONLY_DIRS", "/x::/y"),
       c("KDA_JIT_TUNE", "force"), d("KDA_JIT_TUNE_BUDGET_MS", "1500"), e("KDA_JIT_THREADS", "3"),
-      f("KDA_JIT_NVRTC", "/lib/nvrtc"), g("KDA_JIT_CACHE_MAX_MB", "1.5");
+      f("KDA_JIT_NVRTC", "/lib/nvrtc"), g("KDA_JIT_CACHE_MAX_MB", "1.5"),
+      h("KDA_JIT_TUNE_PINS", "/p q.json:/r.json"), i("KDA_JIT_TUNE_MEMORY_MB", "64"),
+      j("KDA_JIT_TUNE_TIMING", "warm-graph"), k("KDA_JIT_TUNE_WORKER", "/bin/kda-jit");
   const auto options = EngineOptions::from_environment().value();
   CHECK(options.cache_directory == std::filesystem::path("/a b"));
   CHECK(options.read_only_caches == std::vector<std::filesystem::path>{"/x", "/y"});
@@ -41,6 +43,12 @@ TEST_CASE("every variable reaches its option") {
   CHECK(options.tune_budget_seconds == 1.5);
   CHECK(options.threads == 3);
   CHECK(options.nvrtc == std::filesystem::path("/lib/nvrtc"));
+  CHECK(options.tune_pins == std::vector<std::filesystem::path>{"/p q.json", "/r.json"});
+  CHECK(options.tune_memory_bytes == 64U << 20U);
+  CHECK(options.tune_timing == TuneTiming{true, true});
+  CHECK(options.tune_worker == std::filesystem::path("/bin/kda-jit"));
+  const Variable mode("KDA_JIT_TUNE", "pinned");
+  CHECK(EngineOptions::from_environment().value().tune == TuneMode::pinned);
 }
 
 TEST_CASE("a limit of the cache may be anything from nothing to more than there is") {
@@ -54,10 +62,12 @@ TEST_CASE("a limit of the cache may be anything from nothing to more than there 
 }
 
 TEST_CASE("a malformed value is an error that names the variable and the choices") {
-  check_refused("KDA_JIT_TUNE", "fast", "off, cached, on or force");
+  check_refused("KDA_JIT_TUNE", "fast", "off, cached, on, force or pinned");
   check_refused("KDA_JIT_TUNE_BUDGET_MS", "-1", "not negative");
   check_refused("KDA_JIT_TUNE_BUDGET_MS", "nan", "not negative");
   check_refused("KDA_JIT_CACHE_MAX_MB", "1G", "number");
+  check_refused("KDA_JIT_TUNE_MEMORY_MB", "much", "number");
+  check_refused("KDA_JIT_TUNE_TIMING", "cold", "cold-eager, cold-graph, warm-eager or warm-graph");
   check_refused("KDA_JIT_THREADS", "two", "number");
   check_refused("KDA_JIT_THREADS", "2.5", "whole number");
   check_refused("KDA_JIT_LOG", "yes", "0 or 1");

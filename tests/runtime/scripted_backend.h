@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 
 namespace kda::test {
 
@@ -21,10 +23,16 @@ public:
   };
   /// The time of a measurement, of the unit that was launched last.
   std::function<double(const SourceUnit& last)> on_time = [](const SourceUnit&) { return 1.0; };
-  std::size_t memory_limit = std::size_t{1} << 30;
+  /// The time of a measurement that launches nothing.
+  std::function<double()> on_fill = [] { return 1.0; };
+  std::function<Status()> on_synchronize = [] { return Status{}; };
+  std::size_t memory_limit = std::size_t{1} << 30; ///< of one allocation
+  std::string name_ = "scripted", id_ = "scripted";
 
   // What it was asked for.
   mutable std::atomic<int> compiles{0}, loads{0}, launches{0}, allocations{0}, live{0};
+  mutable std::atomic<int> timings{0}, replays{0}; ///< of launches; those from a graph
+  mutable std::atomic<std::size_t> live_bytes{0}, peak_bytes{0};
 
   /// What compiles by default: the entries, with figures.
   static Result<Image> image_of(const SourceUnit& unit) {
@@ -37,7 +45,8 @@ public:
   }
 
   [[nodiscard]] const Target& target() const override { return target_; }
-  [[nodiscard]] std::string name() const override { return "scripted"; }
+  [[nodiscard]] std::string name() const override { return name_; }
+  [[nodiscard]] std::string id() const override { return id_; }
   [[nodiscard]] std::string driver() const override { return driver_; }
   [[nodiscard]] Result<std::string> compiler() const override { return compiler_; }
   [[nodiscard]] Result<Image> compile(const SourceUnit& unit) const override {
@@ -55,9 +64,19 @@ public:
     if (bytes > memory_limit) return fail(ErrorCode::out_of_memory, "the scripted memory is full");
     ++allocations;
     ++live;
-    return std::aligned_alloc(256, (bytes + 256) / 256 * 256);
+    void* const data = std::aligned_alloc(256, (bytes + 256) / 256 * 256);
+    const std::scoped_lock lock(mutex_);
+    sizes_[data] = bytes;
+    live_bytes += bytes;
+    peak_bytes = std::max(peak_bytes.load(), live_bytes.load());
+    return data;
   }
   void release(void* data) const override {
+    {
+      const std::scoped_lock lock(mutex_);
+      live_bytes -= sizes_.at(data);
+      sizes_.erase(data);
+    }
     --live;
     std::free(data);
   }
@@ -69,14 +88,20 @@ public:
     std::memcpy(to, from, bytes);
     return {};
   }
-  Status synchronize() const override { return {}; }
+  Status synchronize() const override { return on_synchronize(); }
   Status fill(void* to, std::uint32_t word, std::size_t words, void*) const override {
     // A flush of the L2 needs no reality here.
     if (words * 4 < std::size_t{32} << 20U) std::fill_n(static_cast<std::uint32_t*>(to), words, word);
     return {};
   }
-  [[nodiscard]] Result<double> time_us(const std::function<Status(void* stream)>& work) const override {
+  [[nodiscard]] Result<double> time_us(const std::function<Status(void* stream)>& work,
+                                       Replay replay) const override {
+    const int before = launches;
     if (Status ok = work(nullptr); !ok) return tl::unexpected(ok.error());
+    if (launches == before) return on_fill();
+    ++timings;
+    if (replay == Replay::graph) ++replays;
+    if (Status ok = synchronize(); !ok) return tl::unexpected(ok.error());
     return on_time(last_);
   }
 
@@ -100,6 +125,8 @@ public:
 
 private:
   mutable SourceUnit last_;
+  mutable std::mutex mutex_;
+  mutable std::map<void*, std::size_t> sizes_;
 };
 
 inline constexpr Device kScripted{Device::Kind::emulator, 0};

@@ -326,12 +326,13 @@ Result<RunReport> run_image(const Backend& backend, const SourceUnit& unit, cons
   const LaunchList list = launches(p, variant, backend.target(), c.inputs.sizes);
   RunReport report;
   report.launches = list.count;
-  const auto time = backend.time_us([&](void* stream) -> Status {
+  const auto work = [&](void* stream) -> Status {
     for (int i = 0; i < list.count; ++i)
       if (Status ok = (*module)->launch(list.items[static_cast<std::size_t>(i)], call.args(), stream); !ok)
         return ok;
-    return backend.synchronize();
-  });
+    return {};
+  };
+  const auto time = backend.time_us(work, Replay::eager); // waits for it
   if (!time) return tl::unexpected(time.error());
   report.milliseconds = *time / 1000;
   if (Status ok = call.check_inputs(); !ok) return tl::unexpected(ok.error());

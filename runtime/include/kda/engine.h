@@ -9,12 +9,14 @@
 //
 // Handles are cheap to copy, immutable and safe to share between threads; a Kernel keeps its engine alive.
 #include "codegen/variant.h"
+#include "kda/tuning_report.h"
 #include <cstdint>
 #include <filesystem>
 #include <functional>
 #include <future>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -119,23 +121,34 @@ class Backend; // runtime/src/backend.h
 enum class TuneMode : std::uint8_t {
   off,    ///< the cost model's choice
   cached, ///< a tuned row if there is one, else the cost model's choice (default)
-  on,     ///< tune when there is no row
+  on,     ///< time the candidates that have no row
   force,  ///< tune again
+  pinned, ///< what EngineOptions::tune_pins say, else the cost model's choice; the same in every process
 };
+
+/// Replaces every value by its largest over all ranks (an all-reduce with max, in float64). Every rank calls
+/// it with as many values, and as often, for the same sequence of prepare and tune.
+using TuneReduce = std::function<Status(std::span<double> values)>;
 
 struct EngineOptions {
   std::optional<std::filesystem::path> cache_directory; ///< unset: XDG; empty path: memory only
   std::vector<std::filesystem::path> read_only_caches;
   std::uint64_t cache_max_bytes = std::uint64_t{1} << 30U; ///< of the directory; 0: no limit
   TuneMode tune = TuneMode::cached;
-  double tune_budget_seconds = 30;
-  int threads = 0;                            ///< host kernels and parallel compiles; 0: hardware threads
+  double tune_budget_seconds =
+      30; ///< of one tune: compile until half, check until 3/4, time until all is spent
+  std::uint64_t tune_memory_bytes = 0; ///< of the device, that a tuner may hold; 0: what is free
+  TuneTiming tune_timing;
+  std::vector<std::filesystem::path> tune_pins; ///< JSON files of reports; the first that fits counts
+  /// `kda-jit`: candidates then run in a process of their own, so that one that faults spoils nothing here.
+  std::filesystem::path tune_worker;
+  TuneReduce tune_reduce; ///< of ranks that must choose alike; the slowest rank's time counts
+  int threads = 0;        ///< host kernels and parallel compiles; 0: hardware threads
   std::function<void(std::string_view)> log;  ///< one line a call; empty: warnings to stderr
   std::optional<std::filesystem::path> nvrtc; ///< unset: where the loader and the CUDA toolkit have it
   std::shared_ptr<Backend> emulator; ///< what Device::Kind::emulator runs on; for tests and `kda-jit check`
-  /// KDA_JIT_CACHE_DIR, KDA_JIT_CACHE_READONLY_DIRS, KDA_JIT_CACHE_MAX_MB, KDA_JIT_TUNE,
-  /// KDA_JIT_TUNE_BUDGET_MS, KDA_JIT_THREADS, KDA_JIT_LOG, KDA_JIT_NVRTC (a library path). Malformed values
-  /// are an error; `strict` also refuses unknown KDA_JIT_ names.
+  /// The variables that environment_variables lists. Malformed values are an error; `strict` also refuses
+  /// unknown KDA_JIT_ names.
   static Result<EngineOptions> from_environment(bool strict = false);
 };
 
@@ -151,29 +164,26 @@ enum class Origin : std::uint8_t { compiled, memory, disk, read_only };
 
 /// What a prepared kernel is and where it came from.
 struct KernelInfo {
-  std::string device, variant, choice; ///< choice: "cost model", "tuned", "given"
+  std::string device, variant, choice; ///< choice: "cost model", "tuned", "pinned", "given"
   Origin origin = Origin::compiled;
   int registers = 0, shared_bytes = 0, spill_bytes = 0; ///< largest over the kernels of the image
   double compile_ms = 0, load_ms = 0;
   std::string key; ///< digest of the cache entry
 };
 
-/// One line of a tuning report.
-struct TuneRow {
-  std::string variant, status, reason; ///< status: "ok", "rejected", "wrong", "failed"
-  double median_us = 0, spread_us = 0, error = 0;
-  int registers = 0, shared_bytes = 0;
-  bool chosen = false;
-};
-/// Where tuning stands: "waiting for another tuner of this device", "compiling", "checking", "timing".
+/// What the tuner is about to do, told before it does it.
 struct TuneProgress {
-  std::string_view stage;
-  int done = 0, total = 0; ///< candidates of the stage; 0 of 0 while waiting
+  std::string_view
+      stage; ///< "waiting for another tuner of this device", "compiling", "checking", "timing", "finals"
+  int done = 0, total = 0; ///< which of the stage's steps; 0 of 0 while waiting
+  std::string_view variant;
 };
-struct TuneReport {
-  std::string problem, bucket, device, driver, compiler;
-  double floor_us = 0; ///< compulsory bytes over the device's copy bandwidth
-  std::vector<TuneRow> rows;
+struct TuneRequest {
+  std::function<void(const TuneProgress&)> progress;
+  std::vector<Variant> only;  ///< what to time; empty: every candidate
+  std::vector<Variant> never; ///< what must not run, not even as the reference
+  /// For who holds the device's tuning lock and keeps the rows himself: a parent that started this process.
+  bool worker = false;
 };
 
 class Engine;
@@ -223,7 +233,8 @@ public:
   /// The best device there is: cuda:0, else the host.
   [[nodiscard]] Device best_device() const;
 
-  /// Picks a variant: `variant` if given, else the tuned row of this problem and bucket, else the cost model.
+  /// Picks a variant: `variant` if given, else the pin or the tuned row of this problem and bucket, else the
+  /// cost model. Plan::explain says which, and which rows or pins did not count.
   [[nodiscard]] Result<Plan> plan(const Problem&, Device, const Sizes& typical,
                                   const std::optional<Variant>& variant = std::nullopt) const;
   /// Compiles or finds the image and loads it; with TuneMode on or force it tunes first.
@@ -231,17 +242,22 @@ public:
   [[nodiscard]] std::future<Result<Kernel>> prepare_async(const Plan&) const;
   /// Compiles into the cache for an architecture that need not be here. Returns where the image came from.
   [[nodiscard]] Result<KernelInfo> precompile(const Problem&, const Variant&, const Target&) const;
-  /// Checks every candidate against the device's token kernel and times it; the rows go to the tuning
-  /// database. One tuner works on a device at a time, also among processes that share the cache; the others
-  /// wait. Candidates that do not fit in the device's memory get a row that says so; with none that fits no
-  /// row is chosen and plans keep the untuned choice.
+  /// Checks every candidate against the device's token kernel and times it, in order of the cost model's
+  /// estimate; the rows go to the tuning database. The untuned choice and one token kernel have their turn
+  /// whatever the budget. One tuner works on a device at a time, also among processes that share the cache;
+  /// the others wait. Candidates that do not fit in the budget or in the device's memory get a row that says
+  /// so; with none that fits no row is chosen and plans keep the untuned choice.
   [[nodiscard]] Result<TuneReport> tune(const Problem&, Device, const Sizes&,
-                                        const std::function<void(const TuneProgress&)>& progress = {}) const;
+                                        const TuneRequest& request = {}) const;
   /// Stored tuning rows, all problems and devices.
   [[nodiscard]] Result<std::vector<TuneReport>> reports() const;
+  /// Adds them to the stored rows, as they are: each counts where its device, driver, compiler and image are
+  /// those of today. Returns how many rows there were; io_error, and nothing added, when they cannot be
+  /// stored.
+  Result<std::size_t> import(const std::vector<TuneReport>&) const;
 
   /// Everything at once: plan, prepare (and tune, when the options say so), a workspace from the device,
-  /// execute, wait.
+  /// execute, wait for the stream. not_prepared, and nothing done, while the stream is being captured.
   Status run(const Problem&, Device, const Sizes&, const Args&, void* stream = nullptr) const;
 
   // Device memory for callers without a runtime of their own (tools, tests).

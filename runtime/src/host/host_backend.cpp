@@ -94,7 +94,7 @@ public:
     std::fill_n(static_cast<std::uint32_t*>(to), words, word);
     return {};
   }
-  Result<double> time_us(const std::function<Status(void* stream)>& work) const override {
+  Result<double> time_us(const std::function<Status(void* stream)>& work, Replay) const override {
     const auto begin = std::chrono::steady_clock::now();
     if (Status ok = work(nullptr); !ok) return tl::unexpected(ok.error());
     return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count();

@@ -1,0 +1,32 @@
+#pragma once
+// The rows that count today, and what plans make of them.
+#include "engine_impl.h"
+
+namespace kda {
+
+[[nodiscard]] cache::TuningRow to_stored(const TuneReport& head, const TuneRow&);
+[[nodiscard]] TuneRow from_stored(const cache::TuningRow&);
+
+/// What rows of a device are compared with. `driver` and `compiler` made and ran the machine code.
+[[nodiscard]] TuneReport report_head(const Engine::Impl&, const Backend&, const Problem&, const Sizes&);
+
+/// The rows of (problem, bucket) that were measured as today: this device, driver, compiler and timing, and
+/// the image that the generator makes today. By variant.
+[[nodiscard]] std::map<std::string, TuneRow> valid_rows(const Engine::Impl&, const Backend&, const Problem&,
+                                                        const Sizes&);
+
+/// The tuned row, or the pin, of a plan; absent when there is none that counts. `note` says what did not
+/// count.
+struct TunedChoice {
+  std::optional<Variant> variant;
+  std::string note;
+};
+[[nodiscard]] TunedChoice tuned_choice(const Engine::Impl&, const Backend&, const Problem&, const Sizes&);
+/// invalid_argument when a pin names what cannot run.
+[[nodiscard]] Result<TunedChoice> pinned_choice(const Engine::Impl&, const Backend&, const Problem&,
+                                                const Sizes&);
+
+/// Why a variant cannot run a problem; empty when it can.
+[[nodiscard]] std::string misfit(const Problem&, const Target&, const Variant&);
+
+} // namespace kda
