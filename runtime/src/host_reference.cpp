@@ -13,7 +13,11 @@ using reference::Array;
 /// nor computed; they are zero in every output.
 class ReferenceCall {
 public:
-  ReferenceCall(const Problem& p, const KernelArgs& args) : p_(p), args_(args) {}
+  /// As in every kernel, the call has the head counts: only their ratio is the problem's.
+  ReferenceCall(const Problem& p, const KernelArgs& args) : p_(p), args_(args) {
+    p_.heads = args.heads;
+    p_.value_heads = args.value_heads;
+  }
 
   Status run() {
     if (Status ok = fill_sizes(); !ok) return ok;
@@ -133,7 +137,7 @@ private:
     write(args_.d_dt_bias, out.d_dt_bias);
   }
 
-  const Problem& p_;
+  Problem p_;
   const KernelArgs& args_;
   reference::Inputs in_;
   std::int64_t covered_ = 0; ///< tokens that some sequence covers

@@ -60,8 +60,10 @@ private:
   void forward(const Value& item) {
     const Value blocks = ir_.div(ir_.add(tokens(), i64(kGateTokens - 1)), i64(kGateTokens));
     const Value rest = ir_.div(item, blocks);
-    head_ = ir_.op("srem", rest, i64(p_.value_heads));
-    const Value batch = ir_.div(rest, i64(p_.value_heads));
+    const Value heads =
+        count(offsetof(KernelArgs, value_heads)); // no part of the text: one kernel serves all
+    head_ = ir_.op("srem", rest, heads);
+    const Value batch = ir_.div(rest, heads);
     const Value first = ir_.mul(ir_.op("srem", item, blocks), i64(kGateTokens));
     const Value end = pick("icmp slt", ir_.add(first, i64(kGateTokens)), tokens());
     const Value limit = covered();

@@ -45,8 +45,10 @@ protected:
   void run_item(const Value& item, const Body& body) {
     const Value slice = ir_.op("srem", item, i64(slices_));
     const Value rest = ir_.div(item, i64(slices_));
-    head_ = ir_.op("srem", rest, i64(p_.value_heads));
-    sequence_ = ir_.div(rest, i64(p_.value_heads));
+    const Value heads =
+        count(offsetof(KernelArgs, value_heads)); // no part of the text: one kernel serves all
+    head_ = ir_.op("srem", rest, heads);
+    sequence_ = ir_.div(rest, heads);
     column_ = ir_.mul(slice, i64(columns_));
     const Value left = ir_.sub(i64(p_.value_dim), column_);
     valid_ = ir_.select(ir_.compare("icmp slt", left, i64(columns_)), left, i64(columns_));
