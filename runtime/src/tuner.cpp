@@ -194,7 +194,7 @@ Status Tuning::unless_full(const Status& ok) {
 
 void Tuning::drop_rest(const std::string& status, const std::string& reason) {
   for (Contestant& c : all_)
-    if (c.wanted && c.ok()) c.out(status, reason);
+    if (c.wanted && c.ok() && c.row.median_us == 0) c.out(status, reason);
 }
 
 void Tuning::fault(Contestant& c, const Error& error) {

@@ -57,7 +57,7 @@ private:
   [[nodiscard]] std::string budget_text() const;
   /// Memory that is too small for any candidate is no failure of the tuner.
   Status unless_full(const Status&);
-  /// Everything that would still run.
+  /// Everything that has no time yet.
   void drop_rest(const std::string& status, const std::string& reason);
   /// A candidate whose run failed: failed, or faulted when the device does not work any more. Then everything
   /// else is out.
