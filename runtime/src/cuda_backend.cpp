@@ -21,21 +21,25 @@ private:
   const CudaDriver& d_;
 };
 
-/// The same for work that any capture forbids: allocating, loading, waiting. Relaxed for a scope, this thread
-/// may do it while it or another one captures a stream into a graph, and the capture stays valid.
-class BesideCaptures {
+/// For work that a capture forbids: allocating, loading, waiting. In a scope of relaxed mode this thread may
+/// do it while it or another one captures a stream into a graph, and the capture stays valid.
+class RelaxedCapture {
 public:
-  BesideCaptures(const CudaDriver& d, CudaDriver::Handle context) : current_(d, context), d_(d) {
-    d_.exchange_capture_mode(&mode_);
-  }
-  ~BesideCaptures() { d_.exchange_capture_mode(&mode_); }
-  BesideCaptures(const BesideCaptures&) = delete;
-  BesideCaptures& operator=(const BesideCaptures&) = delete;
+  explicit RelaxedCapture(const CudaDriver& d) : d_(d) { d_.exchange_capture_mode(&mode_); }
+  ~RelaxedCapture() { d_.exchange_capture_mode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
 
 private:
-  CurrentContext current_;
   const CudaDriver& d_;
   int mode_ = CudaDriver::kRelaxed; // then what it was
+};
+
+/// Both.
+struct BesideCaptures {
+  BesideCaptures(const CudaDriver& d, CudaDriver::Handle context) : relaxed(d), current(d, context) {}
+  RelaxedCapture relaxed;
+  CurrentContext current;
 };
 
 class CudaModule final : public Module {
@@ -75,19 +79,9 @@ public:
   Status launch(const Launch& l, const KernelArgs& args, void* stream) const override {
     const CurrentContext current(*d_, context_);
     std::array<void*, 1> parameters{const_cast<KernelArgs*>(&args)};
-    CudaDriver::LaunchAttribute overlap;
-    overlap.id = CudaDriver::kStreamSerialization;
-    overlap.value[0] = 1;
-    CudaDriver::LaunchConfig config;
-    config.grid[0] = static_cast<unsigned>(l.ctas);
-    config.block[0] = l.block;
-    config.shared_bytes = l.shared_bytes;
-    config.stream = stream;
-    config.attributes = &overlap;
-    config.count = l.overlap && d_->version >= CudaDriver::kOverlapInGraphs ? 1 : 0;
-    const int code =
-        d_->launch(&config, functions_[static_cast<std::size_t>(l.entry)], parameters.data(), nullptr);
-    return code == 0 ? Status{} : d_->check(code, "cuLaunchKernelEx");
+    const int code = d_->launch(functions_[static_cast<std::size_t>(l.entry)], static_cast<unsigned>(l.ctas),
+                                1, 1, l.block, 1, 1, l.shared_bytes, stream, parameters.data(), nullptr);
+    return code == 0 ? Status{} : d_->check(code, "cuLaunchKernel");
   }
 
 private:
@@ -102,6 +96,7 @@ public:
       : d_(std::move(d)), nvrtc_(std::move(nvrtc)) {}
 
   Status open(int index) {
+    const RelaxedCapture relaxed(*d_);
     int count = 0;
     d_->device_count(&count);
     if (index < 0 || index >= count)

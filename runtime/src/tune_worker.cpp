@@ -18,8 +18,8 @@
 namespace kda {
 namespace {
 
-/// Without a line from the worker; a compile and a check take far less.
-constexpr double kSilenceSeconds = 60;
+/// Without a line from the worker, beyond the budget; a compile or a check takes far less.
+constexpr double kSilenceSeconds = 15;
 
 struct Outcome {
   std::string json;           ///< the report; empty when the worker ended without one
