@@ -26,6 +26,7 @@ static TuningRow row_of(const std::string& variant, double median) {
   row.floor_us = 12;
   row.registers = 168;
   row.shared_bytes = 98304;
+  row.image = "0123";
   return row;
 }
 
@@ -69,6 +70,7 @@ TEST_CASE("rows come back whole, from another connection", "[tuning]") {
   CHECK(rows[0].registers == 168);
   CHECK(rows[0].shared_bytes == 98304);
   CHECK_FALSE(rows[0].chosen);
+  CHECK(rows[0].image == "0123");
   REQUIRE(rows[0].when.size() == 20);
   CHECK(rows[0].when[10] == 'T');
   CHECK(rows[0].when.back() == 'Z');
@@ -152,6 +154,45 @@ TEST_CASE("a database of another program or schema is not touched", "[tuning]") 
   }
   // Nothing but the journal mode, two bytes of the header and a change counter, may differ.
   CHECK(slurp(file).substr(100) == before.substr(100));
+}
+
+TEST_CASE("a database of schema 1 is brought up to date, and its rows stay", "[tuning]") {
+  const Scratch scratch;
+  const fs::path file = scratch.path() / "tuning.sqlite";
+  execute(
+      file,
+      "CREATE TABLE candidate("
+      "problem TEXT NOT NULL, bucket TEXT NOT NULL, device TEXT NOT NULL, driver TEXT NOT NULL,"
+      "compiler TEXT NOT NULL, mode TEXT NOT NULL, variant TEXT NOT NULL,"
+      "status TEXT NOT NULL, reason TEXT NOT NULL,"
+      "median_us REAL, spread_us REAL, error REAL, floor_us REAL,"
+      "registers INTEGER NOT NULL, shared_bytes INTEGER NOT NULL, chosen INTEGER NOT NULL, at TEXT NOT NULL,"
+      "PRIMARY KEY(problem, bucket, device, driver, compiler, mode, variant)) WITHOUT ROWID;"
+      "INSERT INTO candidate VALUES('forward', 'T1 N1', 'H100', '13.0', 'nvrtc', 'cold L2, stream', 'c16',"
+      "'ok', '', 20, 1, 0.001, 12, 168, 98304, 1, '2026-01-01T00:00:00Z');"
+      "PRAGMA application_id = 19268; PRAGMA user_version = 1");
+  Warnings warnings;
+  for (int opened = 0; opened < 2; ++opened) { // the second time it is of today
+    TuningDb db(scratch.path(), warnings.sink);
+    REQUIRE(db.rows("forward").size() == 1);
+    const TuningRow row = db.rows("forward")[0];
+    CHECK(row.variant == "c16");
+    CHECK(row.median_us == 20);
+    CHECK(row.chosen);
+    CHECK(row.when == "2026-01-01T00:00:00Z");
+    CHECK(row.image.empty()); // the image of no kernel: the row counts for none
+    REQUIRE(db.put({row_of("c32", 18)}));
+    CHECK(db.rows().size() == 2);
+  }
+  CHECK(warnings.texts.empty());
+}
+
+TEST_CASE("a row that says when it was written keeps its time", "[tuning]") {
+  TuningDb db({}, nullptr);
+  TuningRow row = row_of("c16", 20);
+  row.when = "2020-02-02T02:02:02Z";
+  REQUIRE(db.put({row}));
+  CHECK(db.rows()[0].when == row.when);
 }
 
 TEST_CASE("a database damaged in the middle goes on in memory", "[tuning]") {

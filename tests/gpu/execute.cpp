@@ -15,36 +15,6 @@ namespace {
 const Problem kProblem = production(Operation::forward, 4);
 constexpr Sizes kSizes{1, 1000, 1};
 
-/// Driver functions that only a caller of the library needs.
-struct Caller {
-  using Handle = CudaDriver::Handle;
-  std::shared_ptr<const CudaDriver> driver = CudaDriver::open().value();
-  void* library = dlopen("libcuda.so.1", RTLD_NOW);
-  Handle context = nullptr;
-
-  Caller() {
-    REQUIRE(driver->primary_retain(&context, 0) == 0);
-    driver->context_push(context);
-  }
-  ~Caller() { driver->context_pop(&context); }
-  Caller(const Caller&) = delete;
-  Caller& operator=(const Caller&) = delete;
-
-  template <class F>
-  F function(const char* name) const {
-    auto f = reinterpret_cast<F>(dlsym(library, name));
-    REQUIRE(f != nullptr);
-    return f;
-  }
-  [[nodiscard]] Handle stream() const {
-    Handle s = nullptr;
-    constexpr unsigned kNonBlocking = 1;
-    REQUIRE(driver->stream_create(&s, kNonBlocking) == 0);
-    return s;
-  }
-  void wait(Handle s) const { REQUIRE(function<int (*)(Handle)>("cuStreamSynchronize")(s) == 0); }
-};
-
 } // namespace
 
 TEST_CASE("execute costs the host 10 microseconds at most", "[gpu]") {

@@ -1,13 +1,11 @@
 // The tuner's decisions, on a device whose kernels are a line of this file and whose clock is the test's.
 #include "kda/case_io.h"
-#include "scratch.h"
-#include "scripted_backend.h"
+#include "tuned.h"
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <map>
 #include <numeric>
 #include <set>
 #include <thread>
@@ -17,23 +15,6 @@ using namespace kda::test;
 using cache::test::Scratch;
 
 namespace {
-
-constexpr Sizes kSizes{1, 1000, 1};
-
-/// The kernel to tune: a decay in base 2 becomes one in base e.
-Problem gate_problem() {
-  Problem p = small_problem(Operation::gate);
-  p.gate = GateKind::log2;
-  p.gate_dtype = DType::fp32;
-  p.dt_bias = false;
-  return p;
-}
-Status compute(const KernelArgs& a) {
-  const std::int64_t count = a.batch * a.tokens * a.value_heads * gate_problem().key_dim;
-  const auto* const g = static_cast<const float*>(a.g.data);
-  std::transform(g, g + count, static_cast<float*>(a.o.data), [](float x) { return x * 0.693147181F; });
-  return {};
-}
 
 /// What any forward kernel of small_problem computes, for the contiguous tensors that the tuner makes.
 Status forward_by_reference(Problem p, const KernelArgs& a) {
@@ -71,68 +52,6 @@ Problem forward_problem() {
   Problem p = small_problem();
   p.key_dim = p.value_dim = 32;
   return p;
-}
-
-/// The variants of the problem by the text that the emitter makes of them.
-std::map<std::string, std::string> names(const Problem& p, const Target& t) {
-  std::map<std::string, std::string> all;
-  for (const Candidate& c : enumerate(p, t))
-    if (c.rejected.empty()) {
-      const SourceUnit unit = emit(p, c.variant, t).value();
-      for (const SourceFile& f : unit.files)
-        if (f.name == "config.cuh") all[f.text] = to_string(c.variant);
-    }
-  return all;
-}
-
-/// A device that computes right and takes `times[variant]` microseconds, 10 if not given.
-struct Tuned {
-  Problem problem = gate_problem();
-  std::shared_ptr<ScriptedBackend> backend = std::make_shared<ScriptedBackend>();
-  std::map<std::string, std::string> variants = names(problem, backend->target());
-  std::map<std::string, double> times;
-  std::string standard = to_string(choose(problem, backend->target(), kSizes).value());
-
-  Tuned() {
-    backend->remember_last = true;
-    backend->on_launch = [](const SourceUnit&, const Launch&, const KernelArgs& a) { return compute(a); };
-    backend->on_time = [this](const SourceUnit& last) {
-      const auto it = times.find(variant_of(last));
-      return it == times.end() ? 10.0 : it->second;
-    };
-  }
-  Tuned(const Tuned&) = delete;
-  Tuned& operator=(const Tuned&) = delete;
-
-  [[nodiscard]] std::string variant_of(const SourceUnit& unit) const {
-    for (const SourceFile& f : unit.files)
-      if (f.name == "config.cuh") return variants.at(f.text);
-    return {};
-  }
-  /// Any variant but the untuned choice.
-  [[nodiscard]] std::string other() const {
-    for (const auto& [text, name] : variants)
-      if (name != standard) return name;
-    return {};
-  }
-  [[nodiscard]] TuneReport tune(const Engine& engine) const {
-    auto report = engine.tune(problem, kScripted, kSizes);
-    if (!report) FAIL(report.error().message << "\n" << report.error().context);
-    return *report;
-  }
-};
-
-TuneRow row_of(const TuneReport& report, const std::string& variant) {
-  for (const TuneRow& row : report.rows)
-    if (row.variant == variant) return row;
-  FAIL("no row of " << variant);
-  return {};
-}
-std::string chosen(const TuneReport& report) {
-  std::string name;
-  for (const TuneRow& row : report.rows)
-    if (row.chosen) name += row.variant;
-  return name;
 }
 
 } // namespace

@@ -2,7 +2,6 @@
 // Calls of the recurrence whose states lie in a pool of slots, on any backend, against the float64 recurrence
 // of each sequence. Whatever no slot number names must keep its bits: other slots, gaps between slots.
 #include "kda/case_io.h"
-#include "marshal.h"
 #include "random_case.h"
 #include "run_case.h"
 #include <algorithm>
@@ -172,15 +171,6 @@ private:
     const auto per_slot = static_cast<std::size_t>(p_.value_heads) * matrix();
     initial_.assign(static_cast<std::size_t>(call_.slots) * slot_bytes(), std::byte{0xFF});
     final_.assign(initial_.size(), std::byte{0xFE});
-    // A kernel may read the slot of a row that it will refuse, as long as nothing comes of it.
-    for (std::size_t i = 0; i < call_.read.size(); ++i) {
-      const std::int64_t slot = call_.read[i];
-      if (sequences_[i / static_cast<std::size_t>(call_.read_columns)].fate == Fate::refused && slot >= 0 &&
-          slot < call_.slots)
-        std::fill_n(initial_.begin() +
-                        static_cast<std::ptrdiff_t>(slot) * static_cast<std::ptrdiff_t>(slot_bytes()),
-                    slot_bytes(), std::byte{0xFE});
-    }
     std::mt19937_64 engine(11);
     std::normal_distribution<double> normal(0, 0.5);
     case_.inputs.initial_state.assign(sequences_.size() * per_slot, 0);
@@ -272,7 +262,6 @@ private:
     args_.sequences = static_cast<int>(in.sizes.sequences);
     args_.heads = p_.heads;
     args_.value_heads = p_.value_heads;
-    args_.head_reciprocal = head_reciprocal(p_.value_heads);
     args_.scale = static_cast<float>(in.scale == 0 ? 1 / std::sqrt(p_.key_dim) : in.scale);
     args_.lower_bound = static_cast<float>(in.lower_bound);
     const auto stride = static_cast<long long>(slot_bytes()) / size_of(p_.state_dtype);

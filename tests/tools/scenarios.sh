@@ -76,6 +76,37 @@ expect 0 "chosen" "$kda" tune --device host --operation recurrent --heads 1 --ke
 expect 0 "token" "$kda" report
 expect 0 "wrote" "$kda" report --html "$work/report.html"
 grep -q "<svg" "$work/report.html" || fail "the page has no chart"
+
+# Tuning: in a process of its own and in this one, exported, imported, compared and pinned.
+problem=(--device host --heads 2 --key-dim 32 --value-dim 32 --tokens 20 --dt-bias --beta-sigmoid --qk-l2norm --state-layout k_v)
+"$kda" sample --tokens 20 --heads 2 --key-dim 32 --value-dim 32 --output "$work/tuned.st" >"$work/log" || fail "sample: $(cat "$work/log")"
+expect 0 "finals" "$kda" tune "${problem[@]}"
+expect 0 "finals" "$kda" tune "${problem[@]}" --in-process
+expect 0 '"mode": "warm L2, graph"' env KDA_JIT_TUNE_TIMING=warm-graph "$kda" tune "${problem[@]}" --json
+expect 0 "the untuned choice stays" env KDA_JIT_TUNE_MEMORY_MB=1 "$kda" tune "${problem[@]}" # said by the worker
+refused "KDA_JIT_TUNE_TIMING" env KDA_JIT_TUNE_TIMING=hot "$kda" tune "${problem[@]}"
+refused "cannot read" "$kda" tune "${problem[@]}" --only="magic r=1"
+expect 1 "KDA_JIT_TUNE_WORKER" env KDA_JIT_TUNE_WORKER="$work/absent" "$kda" tune "${problem[@]}"
+"$kda" tune "${problem[@]}" --json 2>"$work/log" >"$work/report.json" || fail "tune --json: $(cat "$work/log")"
+expect 0 "are in both reports" "$kda" report --against "$work/report.json"
+refused "cannot open" "$kda" report --against "$work/absent.json"
+refused "holds no tuning reports" "$kda" report --import "$work/problems.json"
+other=(env KDA_JIT_CACHE_DIR="$work/other cache" "$kda")
+expect 0 "No tuning rows" "${other[@]}" report
+expect 0 "imported" "${other[@]}" report --import "$work/report.json"
+expect 0 "tuned" "${other[@]}" run --device host --input "$work/tuned.st" --output "$work/out.st"
+# The pin is another variant than the tuned one: its choice is the pin's doing.
+awk '/"chosen": true/ {sub(/true/, "false"); print; next} /"chosen": false/ && !n++ {sub(/false/, "true")} {print}' \
+  "$work/report.json" >"$work/pins.json"
+pinned=$(awk -F'"' '/"chosen": true/ {c = 1} c && $2 == "variant" {print $4; exit}' "$work/pins.json")
+[[ -n $pinned ]] || fail "the host has one variant only, nothing to pin"
+for process in 1 2; do # both cold
+  expect 0 "\"variant\": \"$pinned\"" env KDA_JIT_CACHE_DIR="$work/cold $process" KDA_JIT_TUNE=pinned KDA_JIT_TUNE_PINS="$work/pins.json" \
+    "$kda" run --device host --input "$work/tuned.st" --output "$work/pinned$process.st" --json
+done
+cmp "$work/pinned1.st" "$work/pinned2.st" || fail "two pinned processes differ"
+refused "cannot open" env KDA_JIT_TUNE=pinned KDA_JIT_TUNE_PINS="$work/absent.json" "$kda" run --device host --input "$work/tuned.st" \
+  --output "$work/out.st"
 refused "" "$kda" check --golden "$work/absent" --device host
 
 echo "$failures failures"
