@@ -11,6 +11,7 @@ const Family& family_of(Operation operation, Algorithm algorithm) {
            : operation == Operation::replay ? kReplayFamily
                                             : kTokenFamily;
   case Algorithm::gate: return kGateFamily;
+  case Algorithm::fused: return kFusedForwardFamily;
   case Algorithm::chunk: break;
   }
   return operation == Operation::backward ? kChunkBackwardFamily : kChunkForwardFamily;
@@ -29,6 +30,7 @@ std::vector<Candidate> enumerate(const Problem& p, const Target& t) {
   case Operation::replay: kReplayFamily.enumerate(p, t, all); break;
   case Operation::forward:
     kChunkForwardFamily.enumerate(p, t, all);
+    kFusedForwardFamily.enumerate(p, t, all);
     kTokenFamily.enumerate(p, t, all);
     break;
   case Operation::backward:

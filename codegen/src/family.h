@@ -17,6 +17,7 @@ struct Family {
 
 extern const Family kTokenFamily;         ///< recurrent.cu: operations recurrent and forward
 extern const Family kChunkForwardFamily;  ///< chunk_forward.cu
+extern const Family kFusedForwardFamily;  ///< fused_forward.cu
 extern const Family kChunkBackwardFamily; ///< chunk_backward.cu
 extern const Family kTokenBackwardFamily; ///< recurrent_backward.cu
 extern const Family kReplayFamily;        ///< replay.cu

@@ -17,8 +17,10 @@ constexpr std::array<Field, 6> kFields{{{"c", &Variant::chunk},
                                         {"sw", &Variant::scan_warps},
                                         {"r", &Variant::rows},
                                         {"st", &Variant::stages}}};
-constexpr std::array<std::pair<Algorithm, const char*>, 3> kAlgorithms{
-    {{Algorithm::token, "token"}, {Algorithm::chunk, "chunk"}, {Algorithm::gate, "gate"}}};
+constexpr std::array<std::pair<Algorithm, const char*>, 4> kAlgorithms{{{Algorithm::token, "token"},
+                                                                        {Algorithm::chunk, "chunk"},
+                                                                        {Algorithm::fused, "fused"},
+                                                                        {Algorithm::gate, "gate"}}};
 
 } // namespace
 

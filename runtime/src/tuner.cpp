@@ -119,7 +119,7 @@ void Tuning::enter() {
     if (c != all_.end()) c->always = true;
   };
   first([&](const Contestant& c) { return c.variant == standard_; });
-  first([&](const Contestant& c) { return c.variant.algorithm != Algorithm::chunk; });
+  first([&](const Contestant& c) { return !is_chunked(c.variant.algorithm); });
 }
 
 bool Tuning::anything_wanted() const {

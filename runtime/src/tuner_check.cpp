@@ -117,7 +117,7 @@ Result<Contestant*> Tuning::device_reference(const Sizes& sizes) {
   const auto expected = expected_outputs(tensors);
   if (!expected) return tl::unexpected(expected.error());
   for (Contestant& c : all_) { // in order of the estimate
-    if (c.variant.algorithm == Algorithm::chunk || !(c.runs() || (c.always && c.kernel != nullptr))) continue;
+    if (is_chunked(c.variant.algorithm) || !(c.runs() || (c.always && c.kernel != nullptr))) continue;
     tell("checking", 0, all_.size(), c);
     Kernel::Impl kernel = *c.kernel;
     kernel.problem = small;

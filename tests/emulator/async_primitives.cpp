@@ -200,6 +200,37 @@ TEST_CASE("wgmma takes A from registers and B transposed") {
     }
 }
 
+TEST_CASE("an mbarrier counts copies that have come") {
+  const std::string body = R"(
+  u64* full = reinterpret_cast<u64*>(shared + 128);
+  if (thread == 0) { mbarrier_init(full, 32); fence_mbarrier_init(); }
+  sync_block();
+  if (thread < 32) {
+    copy_async_16(shared + 4 * thread, in + 4 * thread);
+    arrive_copies(full);
+  }
+  mbarrier_wait(full, 0);
+  out[thread] = shared[127 - thread];
+)";
+  Run r;
+  r.threads = 128;
+  r.shared_bytes = 640;
+  r.in.resize(128);
+  for (std::size_t i = 0; i < 128; ++i)
+    r.in[i] = static_cast<float>(i);
+  r.outputs = 128;
+  CHECK(good(body, r) == std::vector<float>(r.in.rbegin(), r.in.rend()));
+  CHECK(std::isnan(run_or_fail(replaced(body, "mbarrier_wait(full, 0);", ""), r).at(9)));
+  const auto stuck = run_text(replaced(body, "full, 32", "full, 33"), r);
+  REQUIRE_FALSE(stuck);
+  CHECK_THAT(stuck.error().message, Contains("waits in mbarrier_wait"));
+  r.options.checked = true;
+  const auto race =
+      run_text(replaced(body, "mbarrier_wait(full, 0);", "if (thread >= 64) mbarrier_wait(full, 0);"), r);
+  REQUIRE_FALSE(race);
+  CHECK_THAT(race.error().message, Contains("race: ") || Contains("uninitialised: "));
+}
+
 TEST_CASE("bulk copies go to shared memory and back; a store that nobody waits for does not arrive") {
   const std::string body = R"(
   u64* full = reinterpret_cast<u64*>(shared + 64);

@@ -87,6 +87,11 @@ void wait(int pending) {
   fiber.cta->wait(fiber, pending);
 }
 
+void arrive_copies(void* barrier) {
+  Fiber& fiber = current_fiber();
+  fiber.cta->arrive_copies(fiber, barrier, __builtin_return_address(0));
+}
+
 void fence_proxy() {
   const Fiber& fiber = current_fiber();
   fiber.cta->fence_proxy(fiber);
@@ -100,6 +105,8 @@ void access(const void* address, unsigned long bytes, bool write, const void* pl
   fiber.cta->access(fiber, address, bytes, write ? Access::write : Access::read, place);
 }
 
+} // namespace
+
 void complete(const PendingCopy& copy) {
   const auto bytes = static_cast<std::size_t>(copy.bytes);
   if (copy.valid)
@@ -108,11 +115,22 @@ void complete(const PendingCopy& copy) {
     std::memset(copy.to, 0, bytes);
 }
 
-} // namespace
-
-const Services kServices{collective, barrier,          copy,       commit,      wait,
-                         group,      mbarrier,         bulk,       bulk_commit, bulk_wait,
-                         atomic_add, atomic_add_float, atomic_max, fence_proxy, fence_mbarrier_init,
+const Services kServices{collective,
+                         barrier,
+                         copy,
+                         commit,
+                         wait,
+                         arrive_copies,
+                         group,
+                         mbarrier,
+                         bulk,
+                         bulk_commit,
+                         bulk_wait,
+                         atomic_add,
+                         atomic_add_float,
+                         atomic_max,
+                         fence_proxy,
+                         fence_mbarrier_init,
                          access};
 
 Cta::~Cta() {
@@ -165,6 +183,7 @@ void Cta::start(std::size_t linear) {
   mbarriers_.clear();
   mbarrier_waiting_.clear();
   loads_.clear();
+  arrivals_.clear();
   polls_ = 0;
   overdue_ = false;
   live_ = job_->threads;

@@ -36,6 +36,13 @@ struct PendingCopy {
   bool valid;
   int group;
 };
+void complete(const PendingCopy& copy);
+/// An mbarrier counts it when its thread's copies have come.
+struct PendingArrival {
+  void* barrier;
+  std::vector<PendingCopy> copies;
+  int thread, group;
+};
 /// Thread comes first: Thread* and Fiber* are the same address.
 struct Fiber : Thread {
   Cta* cta = nullptr;
@@ -66,6 +73,7 @@ public:
   void barrier(Fiber& fiber, int id, int threads, bool arrive_only, const void* place);
   void copy(Fiber& fiber, const PendingCopy& copy, const void* place);
   void wait(Fiber& fiber, int pending);
+  void arrive_copies(Fiber& fiber, void* barrier, const void* place);
   void group(Fiber& fiber, GroupOperation operation, void* arguments, const void* place);
   bool mbarrier(Fiber& fiber, MbarrierOperation operation, void* barrier, unsigned value, const void* place);
   void bulk(Fiber& fiber, const BulkCopy& copy, const void* place);
@@ -125,6 +133,8 @@ private:
   void finish_wgmma(Warpgroup& group, int pending, const void* place);
   void finish_loads(const void* barrier);
   void complete_load(const PendingBulk& bulk);
+  void complete_arrival(const PendingArrival& arrival);
+  void wake_waiting(void* barrier);
   void advance(void* barrier, Mbarrier& state);
   void yield(Fiber& fiber, const char* in, const void* place);
   [[nodiscard]] SharedView shared() const { return {shared_, job_->shared_bytes}; }
@@ -144,6 +154,7 @@ private:
   std::map<void*, Mbarrier> mbarriers_;
   std::map<void*, std::vector<Fiber*>> mbarrier_waiting_;
   std::vector<PendingBulk> loads_;
+  std::vector<PendingArrival> arrivals_;
   Shadow shadow_;
   std::size_t linear_ = 0;  ///< of the grid
   unsigned long polls_ = 0; ///< tests of mbarriers since the last progress

@@ -42,7 +42,29 @@ void Cta::complete_load(const PendingBulk& bulk) {
   advance(at->first, at->second);
 }
 
+void Cta::complete_arrival(const PendingArrival& arrival) {
+  for (const PendingCopy& copy : arrival.copies)
+    complete(copy);
+  const auto at = mbarriers_.find(arrival.barrier);
+  if (at->second.pending == 0)
+    fail(fmt::format("more arrivals of copies at an mbarrier than it counts, of thread {}", arrival.thread));
+  --at->second.pending;
+  if (checked())
+    Shadow::complete(at->second.gathering, shadow_.copies(arrival.thread),
+                     static_cast<Epoch>(arrival.group + 1));
+  advance(at->first, at->second);
+}
+
 void Cta::finish_loads(const void* barrier) {
+  for (std::size_t i = 0; i < arrivals_.size();) {
+    if (arrivals_[i].barrier != barrier) {
+      ++i;
+      continue;
+    }
+    const PendingArrival arrival = std::move(arrivals_[i]);
+    arrivals_.erase(arrivals_.begin() + static_cast<std::ptrdiff_t>(i));
+    complete_arrival(arrival);
+  }
   for (std::size_t i = 0; i < loads_.size();) {
     if (loads_[i].copy.mbarrier != barrier) {
       ++i;
@@ -131,11 +153,26 @@ void Cta::bulk(Fiber& fiber, const BulkCopy& copy, const void* place) {
     std::memset(copy.shared, 0xFF, static_cast<std::size_t>(counted_bytes(bulk)));
   if (!load) return fiber.bulk_stores.push_back(bulk);
   loads_.push_back(bulk);
-  // A thread may wait already.
-  std::vector<Fiber*>& waiting = mbarrier_waiting_[copy.mbarrier];
+  wake_waiting(copy.mbarrier);
+}
+
+/// They find new work to finish.
+void Cta::wake_waiting(void* barrier) {
+  std::vector<Fiber*>& waiting = mbarrier_waiting_[barrier];
   for (const Fiber* other : waiting)
     wake(*other);
   waiting.clear();
+}
+
+void Cta::arrive_copies(Fiber& fiber, void* barrier, const void* place) {
+  if (mbarriers_.count(barrier) == 0)
+    fail(fmt::format("{} at {}: copies arrive at an mbarrier that nobody initialised", describe_current(),
+                     source_place(place)));
+  PendingArrival arrival{barrier, std::move(fiber.copies), fiber.index, fiber.groups++};
+  fiber.copies.clear();
+  if (job_->copies == Copies::early) return complete_arrival(arrival);
+  arrivals_.push_back(std::move(arrival));
+  wake_waiting(barrier);
 }
 
 void Cta::bulk_wait(Fiber& fiber, int pending) {

@@ -82,6 +82,7 @@ struct Services {
   void (*copy)(void* shared, const void* global, int bytes, bool valid);
   void (*commit)();
   void (*wait)(int pending);
+  void (*arrive_copies)(void* barrier);
   void (*group)(GroupOperation, void* arguments); ///< wait: pointer to int, groups that may stay pending
   bool (*mbarrier)(MbarrierOperation, void* barrier, unsigned value);
   void (*bulk)(const BulkCopy*);

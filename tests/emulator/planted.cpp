@@ -120,6 +120,27 @@ TEST_CASE("planted: each barrier and each wait of the chunk backward is missed w
   CHECK(not_missed(s, "wait_copies<") == kNone);
 }
 
+TEST_CASE("planted: each barrier, wait and fence of the fused forward is missed when it is away") {
+  test::CaseOptions o;
+  o.problem.gate = GateKind::bounded;
+  o.problem.dt_bias = o.problem.qk_l2norm = o.problem.beta_sigmoid = true;
+  o.tokens = 16 * 23 + 3; // twice round the ring
+  const Subject s = subject(o, "fused c=16 vt=128 pw=7 sw=8 st=10");
+  CHECK(fault_of(s) == "no fault");
+  // One that only the compiler heeds, and two that bring lanes together behind a wait.
+  CHECK(not_missed(s, "sync_warp()") ==
+        Calls{"fused_forward/prepare.cuh 1", "fused_forward/prepare.cuh 7", "fused_forward/state.cuh 2"});
+  // A parity that would be that of another round only on a card.
+  CHECK(not_missed(s, "mbarrier_wait(") == Calls{"fused_forward/prepare.cuh 1"});
+  // The first two leave NaN in registers, which is no race.
+  CHECK(not_missed(s, "wgmma_wait<") == Calls{"fused_forward/state.cuh 1", "fused_forward/state.cuh 2"});
+  CHECK_THAT(fault_with(s, "fused_forward/prepare.cuh", "    fence_proxy_async();\n", ""),
+             Contains("proxy: "));
+  CHECK_THAT(fault_with(s, "fused_forward/ring.cuh", "  sync_block();\n}", "}"), Contains("race: "));
+  CHECK_THAT(fault_with(s, "fused_forward/load.cuh", "r + row < rows", "true"),
+             Contains("out of bounds") || Contains("wrong: "));
+}
+
 TEST_CASE("planted: each barrier of the schedule is missed when it is away") {
   test::CaseOptions o;
   o.problem.varlen = true;

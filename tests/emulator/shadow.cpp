@@ -157,7 +157,7 @@ std::string Shadow::read_wgmma(const Span& span, const void* place) {
 bool Shadow::ordered(const Accessor& who, int agent, Epoch epoch) const {
   if (who.thread != nullptr) {
     if (agent == who.index) return true;
-    if (agent == copies(who.index)) return who.thread->copies >= epoch;
+    if (agent == copies(who.index) && who.thread->copies >= epoch) return true;
     if (agent == stores(who.index)) return who.thread->stores >= epoch;
   }
   return covers(who.clock->seen, agent, epoch);

@@ -152,6 +152,33 @@ TEST_CASE("every option of a problem compiles for sm_90a in every family") {
   compile_all(*nvrtc, jobs);
 }
 
+TEST_CASE("every option of the fused forward compiles without a spill") {
+  const auto nvrtc = open_nvrtc();
+  if (nvrtc == nullptr) return;
+  const Target target = cuda_target("sm_90a").value();
+  std::vector<Job> jobs;
+  int index = 0;
+  for (const GateKind gate :
+       {GateKind::log_e, GateKind::log2, GateKind::softplus, GateKind::bounded, GateKind::bounded_no_a})
+    for (const bool packed : {false, true}) {
+      Problem p = production(Operation::forward);
+      p.gate = gate;
+      p.dt_bias = gate == GateKind::softplus || gate == GateKind::bounded;
+      p.varlen = packed;
+      p.qk_l2norm = index % 3 != 1;
+      p.beta_sigmoid = p.beta_times_two = index % 3 == 2;
+      p.state_layout = index % 4 < 2 ? StateLayout::k_v : StateLayout::v_k;
+      p.state_dtype = index % 5 == 3 ? DType::bf16 : DType::fp32;
+      p.beta_dtype = index % 4 == 1 ? DType::fp32 : DType::bf16;
+      p.value_heads = index % 3 == 0 ? 64 : 32;
+      ++index;
+      for (const Candidate& c : enumerate(p, target))
+        if (c.variant.algorithm == Algorithm::fused && c.rejected.empty())
+          jobs.push_back({p, c.variant, target.arch});
+    }
+  compile_all(*nvrtc, jobs);
+}
+
 TEST_CASE("every option of decode compiles for sm_90a without a spill") {
   const auto nvrtc = open_nvrtc();
   if (nvrtc == nullptr) return;

@@ -34,7 +34,7 @@ struct RunReport {
 /// The same with what the caller has compiled.
 [[nodiscard]] Result<RunReport> run_image(const Backend&, const SourceUnit&, const Image&, const TestCase&,
                                           const Variant&, RunOptions = {});
-/// The error that a right kernel stays below, whatever the device: 5e-3 to 2e-2 for tensor cores, and for
+/// The error that a right kernel stays below, whatever the device: 1e-3 to 2e-2 for tensor cores, and for
 /// fp32 arithmetic 2e-5 and one rounding of the output.
 [[nodiscard]] double tolerance(const Problem&, const Variant&, const std::string& tensor);
 /// A line a tensor.

@@ -12,16 +12,22 @@ enum class Algorithm : std::uint8_t {
   token, ///< one token after the other, state in registers, fp32 arithmetic
   chunk, ///< chunk-parallel preparation and a sequential scan of the state, tensor cores
   gate,  ///< elementwise
+  fused, ///< chunks in one kernel: warps that load, that prepare and that carry the state; sm_90a
 };
+
+/// Products on tensor cores, so 16-bit operands; the others work in fp32.
+[[nodiscard]] constexpr bool is_chunked(Algorithm a) {
+  return a == Algorithm::chunk || a == Algorithm::fused;
+}
 
 struct Variant {
   Algorithm algorithm = Algorithm::token;
   int chunk = 0;         ///< C, tokens of a chunk: 16, 32 or 64; 0 for token and gate
-  int value_tile = 0;    ///< V columns that one CTA of the scan (chunk) owns
-  int prepare_warps = 0; ///< warps of the chunk-parallel kernels
-  int scan_warps = 0;    ///< warps of the scan, or of a token CTA
+  int value_tile = 0;    ///< V columns that one CTA of the scan (chunk) or fused kernel owns
+  int prepare_warps = 0; ///< warps of the chunk-parallel kernels, or of a fused CTA that prepare
+  int scan_warps = 0;    ///< warps of the scan, of a token CTA, or of a fused CTA that carry the state
   int rows = 0;          ///< token: V rows that one warp owns. Host: V columns of a register tile
-  int stages = 0;        ///< depth of the scan's prefetch
+  int stages = 0;        ///< depth of the scan's prefetch, or of the fused kernel's ring
 
   bool operator==(const Variant&) const = default;
 };

@@ -2,6 +2,7 @@
 // The state as one warp of a scan holds it, and the copies of records into shared memory.
 #include "chunk/record.cuh"
 #include "primitives/async.cuh"
+#include "stages/state_place.cuh"
 #include "stages/token_load.cuh"
 
 namespace kda {
@@ -30,16 +31,6 @@ KDA_DEVICE void copy_linear(unsigned char* to, const unsigned char* from, int th
 struct ScanState {
   float s[2 * kKeyBlocks][4];
 };
-
-/// Offset of the accumulators [e], e = 0 or 2, of s[n] in a state matrix whose columns of V begin at
-/// `column`; the next element is `step` further. False: padding.
-KDA_DEVICE bool state_place(int column, int n, int e, int& offset) {
-  const int v = column + (lane_index() >> 2) + e * 4;
-  const int k = n * 8 + (lane_index() & 3) * 2;
-  offset = Config::state_v_k ? v * Config::K + k : k * Config::V + v;
-  return v < Config::V && k < Config::K;
-}
-constexpr int kStateStep = Config::state_v_k ? 1 : Config::V;
 
 KDA_DEVICE void load_state(const StateTensor& x, int sequence, int head, int column, ScanState& state) {
   const auto* base = static_cast<const Config::State*>(x.data);

@@ -25,5 +25,12 @@ template <int pending>
 KDA_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
+/// The mbarrier counts one arrival of this thread when all its copies so far have come: instead of
+/// commit_copies and wait_copies, for readers that wait for that phase. Use one way or the other in a kernel.
+/// sm_90.
+KDA_DEVICE void arrive_copies(u64* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
 
 } // namespace kda

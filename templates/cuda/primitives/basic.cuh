@@ -89,6 +89,12 @@ KDA_DEVICE float high_half(u32 x) {
   y.bits = static_cast<u16>(x >> 16);
   return to_float(y);
 }
+/// The larger of each of two pairs of fp16.
+KDA_DEVICE u32 max_pairs(u32 a, u32 b) {
+  u32 y;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
 
 /// 2^x, relative error 2^-22; flushes denormals to zero, exp2(-inf) = 0.
 KDA_DEVICE float exp2_fast(float x) {
@@ -132,6 +138,12 @@ KDA_DEVICE int max(int a, int b) {
 }
 KDA_DEVICE i64 min(i64 a, i64 b) {
   return a < b ? a : b;
+}
+/// 1 or 0, in one instruction and no predicate.
+KDA_DEVICE float one_if_equal(float a, float b) {
+  float y;
+  asm("set.eq.f32.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
 }
 
 KDA_DEVICE int thread_index() {

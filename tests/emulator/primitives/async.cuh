@@ -18,5 +18,8 @@ template <int pending>
 KDA_DEVICE void wait_copies() {
   emulator::current().services->wait(pending);
 }
+KDA_DEVICE void arrive_copies(u64* barrier) {
+  emulator::current().services->arrive_copies(barrier);
+}
 
 } // namespace kda

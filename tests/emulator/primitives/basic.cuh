@@ -77,7 +77,6 @@ KDA_DEVICE float high_half(u32 x) {
   y.bits = static_cast<u16>(x >> 16);
   return to_float(y);
 }
-
 /// .ftz: a denormal becomes a zero of its sign.
 KDA_DEVICE float flush_denormal(float x) {
   return __builtin_fabsf(x) < 1.17549435e-38f ? __builtin_copysignf(0.f, x) : x;
@@ -103,6 +102,14 @@ KDA_DEVICE float fma(float a, float b, float c) {
 /// A NaN loses against a number, as on the device.
 KDA_DEVICE float max(float a, float b) {
   return __builtin_fmaxf(a, b);
+}
+KDA_DEVICE float one_if_equal(float a, float b) {
+  return a == b ? 1.f : 0.f;
+}
+KDA_DEVICE u32 max_pairs(u32 a, u32 b) {
+  const float lo = max(low_half<fp16>(a), low_half<fp16>(b)),
+              hi = max(high_half<fp16>(a), high_half<fp16>(b));
+  return pack2<fp16>(lo, hi);
 }
 KDA_DEVICE float min(float a, float b) {
   return __builtin_fminf(a, b);

@@ -1,0 +1,182 @@
+#pragma once
+// The warps of the fused forward that carry the state: each warpgroup holds S^T [64 of V][K] in fp32
+// accumulators, whose rounded copy is the register operand of wgmma. A chunk is a chain of three dependent
+// products:
+//   R = v - S k~, P = -S q~       [64][16 + 16 tokens], depth K
+//   U = T R                       depth 16
+//   S = 2^tot S + U k^, o = M U - P
+// all transposed, tokens as columns. q~ = scale q 2^G, k~ = k 2^G, k^ = k 2^(tot - G).
+//
+// Budget a warp and chunk: 64 conversions and multiplications of the state each, 10 wgmma of a depth of 16,
+// 32 KB of operands read by the tensor unit; o waits in registers until the next chunk's first product runs.
+#include "fused_forward/ring.cuh"
+#include "primitives/matrix.cuh"
+#include "primitives/tma.cuh"
+#include "primitives/wgmma.cuh"
+#include "stages/state_place.cuh"
+
+namespace kda {
+
+constexpr int kStateFloats =
+    Config::K / 2; ///< of a thread: element e + 2i + 4j is channel 8j + 2t + e, row g + 8i
+
+/// The walking warp's 16 columns of o of one chunk, o^T as packed accumulators.
+struct OutputTile {
+  u32 words[4];
+  Config::Element* to; ///< this lane's 8 columns of a token
+  KDA_DEVICE void store(bool valid) const {
+    const int lane = lane_index();
+    unsigned char* tile = shared_memory() + FusedShared::output + warp_index() * 512;
+    const int token = (lane & 7) + (lane >> 4) * 8;
+    store_matrix_x4_transposed(tile + token * 32 + (lane >> 3 & 1) * 16, words);
+    sync_warp();
+    const Word4 row = *reinterpret_cast<const Word4*>(tile + lane * 16);
+    if (valid) *reinterpret_cast<Word4*>(to) = row;
+  }
+};
+
+/// The scale of each column of V that this thread has, as a power of two: row g + 8h.
+struct ColumnScales {
+  float in[2] = {1.f, 1.f};
+  KDA_DEVICE float out(int h) const { return bits_float(0x7f000000u - float_bits(in[h])); }
+  KDA_DEVICE void reduce(int h) { in[h] *= in[h] == 1.f ? kFirstScale : kScaleStep; }
+};
+
+/// From the initial state to the final one, in s. `place`: the first chunk's.
+template <bool kScaled>
+KDA_DEVICE void walk_chunks(const KernelArgs& args, const FusedSpan& span, int head, int chunks, Place place,
+                            const ColumnScales& scales, float (&s)[kStateFloats]) {
+  const int lane = lane_index(), warp = warp_index();
+  // This lane's row of ldmatrix: v^T of its warp, 16 columns of V.
+  const int token = (lane & 7) + (lane >> 4) * 8;
+  const int v_place = warp / 4 * Slot::tile_half + tile_place(token, warp % 4 * 2 + (lane >> 3 & 1));
+  OutputTile out{{},
+                 row_of<Config::Element>(args.o, span.batch, span.begin + (lane >> 1), head) + warp * 16 +
+                     (lane & 1) * 8};
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk, place.advance()) {
+    mbarrier_wait(place.ready(), place.parity);
+    sync_warp();
+    const unsigned char* slot = place.data();
+    float r[16]; // columns 0..7, 8..15 of R, then of P
+    u32 x[4];
+    load_matrix_x4_transposed(x, slot + Slot::v + v_place);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float scale = kScaled ? scales.in[i & 1] : 1.f;
+      r[2 * i] = low_half<Config::Element>(x[i]) * scale;
+      r[2 * i + 1] = high_half<Config::Element>(x[i]) * scale;
+      r[8 + 2 * i] = r[9 + 2 * i] = 0.f;
+    }
+    u32 a[Config::K / 16][4];
+#pragma unroll
+    for (int i = 0; i < kStateFloats / 2; ++i)
+      a[i / 4][i % 4] = pack2<StateOperand>(s[2 * i], s[2 * i + 1]);
+    const auto* decay = reinterpret_cast<const Word2*>(place.decay()) + (lane & 3);
+#pragma unroll
+    for (int j = 0; j < Config::K / 8; ++j) {
+      const Word2 d = decay[j * 4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        s[4 * j + e] *= bits_float(d.w[e & 1]);
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int b = 0; b < Config::K / 16; ++b)
+      wgmma<StateOperand, 32, false, true>(
+          r, a[b],
+          matrix_descriptor(slot + Slot::rows + b / 4 * Slot::rows_half + b % 4 * 32, Swizzle::b128, 1024));
+    wgmma_commit();
+    if (!kScaled && chunk > 0) {
+      out.store(true);
+      out.to += kChunk * args.o.stride_token;
+    }
+    wgmma_wait<0>();
+
+    u32 u[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      u[i] = pack2<StateOperand>(r[2 * i], r[2 * i + 1]);
+    float y[8];
+    wgmma_fence();
+    wgmma<StateOperand, 16>(y, u, matrix_descriptor(slot + Slot::t, Swizzle::none, 256, 128), false);
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      u[i] = pack2<StateOperand>(y[2 * i], y[2 * i + 1]);
+    float o[8];
+    wgmma_fence();
+    wgmma<StateOperand, Config::K, true>(
+        s, u, matrix_descriptor(slot + Slot::k, Swizzle::b128, 1024, Slot::tile_half));
+    wgmma<StateOperand, 16>(o, u, matrix_descriptor(slot + Slot::m, Swizzle::none, 256, 128), false);
+    wgmma_commit();
+    wgmma_wait<0>();
+    sync_warp();
+    if (lane == 0) mbarrier_arrive(place.free());
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float scale = kScaled ? scales.out(i & 1) : 1.f;
+      out.words[i] =
+          pack2<Config::Element>((o[2 * i] - r[8 + 2 * i]) * scale, (o[2 * i + 1] - r[9 + 2 * i]) * scale);
+    }
+    if constexpr (kScaled) { // at once: fewer registers
+      out.store((lane >> 1) < span.rows(chunk));
+      out.to += kChunk * args.o.stride_token;
+    }
+  }
+  if (!kScaled && chunks > 0) out.store((lane >> 1) < span.rows(chunks - 1));
+}
+
+KDA_DEVICE void carry_state(const KernelArgs& args, const FusedSpan& span, int sequence, int head) {
+  const int column = warp_index() * 16, chunks = span.chunks;
+  float s[kStateFloats];
+  ColumnScales scales;
+  const auto load = [&] {
+    const auto* from = static_cast<const Config::State*>(args.initial_state.data);
+    if (from != nullptr)
+      from += sequence * args.initial_state.stride_sequence + head * args.initial_state.stride_head;
+#pragma unroll
+    for (int i = 0; i < kStateFloats; i += 2) {
+      int offset;
+      state_place(column, i / 4, i % 4, offset);
+      const float scale = scales.in[i / 2 % 2];
+      s[i] = from != nullptr ? to_float(from[offset]) * scale : 0.f;
+      s[i + 1] = from != nullptr ? to_float(from[offset + kStateStep]) * scale : 0.f;
+    }
+  };
+  load();
+  walk_chunks<false>(args, span, head, chunks, Place{}, scales, s);
+  int attempt = 0;
+  // An overflow reaches every channel of its column: one tells.
+  const auto overflow = [&] {
+    bool any = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (!(max(s[2 * h], -s[2 * h]) <= kFloatMax)) {
+        scales.reduce(h);
+        any = true;
+      }
+    return any;
+  };
+#pragma unroll 1
+  while (another_attempt(attempt, overflow())) {
+    load();
+    walk_chunks<true>(args, span, head, chunks, Place::of(attempt * chunks), scales, s);
+  }
+
+  // Only now: it may lie where the initial state does.
+  if (args.final_state.data == nullptr) return;
+  auto* to = static_cast<Config::State*>(args.final_state.data) +
+             sequence * args.final_state.stride_sequence + head * args.final_state.stride_head;
+#pragma unroll
+  for (int i = 0; i < kStateFloats; i += 2) {
+    int offset;
+    state_place(column, i / 4, i % 4, offset);
+    const float scale = scales.out(i / 2 % 2);
+    to[offset] = from_float<Config::State>(s[i] * scale);
+    to[offset + kStateStep] = from_float<Config::State>(s[i + 1] * scale);
+  }
+}
+
+} // namespace kda
