@@ -209,21 +209,30 @@ Status CallTensors::poison() const {
   return {};
 }
 
-Result<reference::Array> CallTensors::read(const std::string& name) const {
+Result<std::vector<std::byte>> CallTensors::bytes_of(const std::string& name) const {
   const auto found = buffers_.find(name);
-  if (found == buffers_.end()) return reference::Array{};
+  if (found == buffers_.end()) return std::vector<std::byte>{};
   const Buffer& b = found->second;
   std::vector<std::byte> bytes(b.bytes);
   if (const Status ok = backend_->copy_from_device(bytes.data(), b.tensor.data, b.bytes); !ok)
     return tl::unexpected(ok.error());
-  const reference::Array values = unpack(bytes, file_dtype(b.tensor.dtype));
+  return bytes;
+}
+
+reference::Array CallTensors::values_of(const std::string& name, const std::vector<std::byte>& bytes) const {
+  const auto found = buffers_.find(name);
+  if (found == buffers_.end()) return {};
+  const Buffer& b = found->second;
+  reference::Array values = unpack(bytes, file_dtype(b.tensor.dtype));
   return b.state && problem_.state_layout == StateLayout::v_k
              ? transposed(values, problem_.value_dim, problem_.key_dim)
              : values;
 }
 
 Result<reference::Array> CallTensors::output(const std::string& name) const {
-  return read(name);
+  const auto bytes = bytes_of(name);
+  if (!bytes) return tl::unexpected(bytes.error());
+  return values_of(name, *bytes);
 }
 
 std::vector<std::string> CallTensors::outputs() const {
@@ -247,7 +256,7 @@ Result<reference::Inputs> CallTensors::reference_inputs() const {
                                                               {"dt_bias", &in.dt_bias},
                                                               {"initial_state", &in.initial_state}};
   for (const auto& [name, array] : arrays) {
-    auto values = read(name);
+    auto values = output(name);
     if (!values) return tl::unexpected(values.error());
     *array = std::move(*values);
   }
@@ -255,14 +264,14 @@ Result<reference::Inputs> CallTensors::reference_inputs() const {
 }
 
 Result<reference::OutputGradients> CallTensors::reference_output_gradients() const {
-  auto d_o = read("d_o"), d_final = read("d_final_state");
+  auto d_o = output("d_o"), d_final = output("d_final_state");
   if (!d_o) return tl::unexpected(d_o.error());
   if (!d_final) return tl::unexpected(d_final.error());
   return reference::OutputGradients{std::move(*d_o), std::move(*d_final)};
 }
 
 Result<reference::Verified> CallTensors::reference_updates() const {
-  auto u = read("update_u"), k = read("update_k"), decay = read("update_decay");
+  auto u = output("update_u"), k = output("update_k"), decay = output("update_decay");
   for (const auto* x : {&u, &k, &decay})
     if (!*x) return tl::unexpected(x->error());
   return reference::Verified{{}, {}, std::move(*u), std::move(*k), std::move(*decay)};

@@ -26,6 +26,10 @@ public:
   Status poison() const;
   /// An output in float64, states in [K,V], by the name of its member in Args.
   [[nodiscard]] Result<reference::Array> output(const std::string& name) const;
+  /// The two steps of output: what the device holds, and what it means.
+  [[nodiscard]] Result<std::vector<std::byte>> bytes_of(const std::string& name) const;
+  [[nodiscard]] reference::Array values_of(const std::string& name,
+                                           const std::vector<std::byte>& bytes) const;
   [[nodiscard]] std::vector<std::string> outputs() const;
   /// What the device read, rounded as there.
   [[nodiscard]] Result<reference::Inputs> reference_inputs() const;
@@ -50,7 +54,6 @@ private:
   /// Numbers on the device.
   [[nodiscard]] Result<void*> upload(const std::vector<std::int64_t>& numbers, IndexType type);
   Status add_tables();
-  [[nodiscard]] Result<reference::Array> read(const std::string& name) const;
 
   std::shared_ptr<const Backend> backend_;
   std::uint64_t most_bytes_ = 0, bytes_ = 0;

@@ -4,17 +4,21 @@
 #include "tuning.h"
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <fmt/format.h>
+#include <future>
 #include <random>
 
 namespace kda {
 namespace {
 
+constexpr int kMostPending = 16; // comparisons; each holds the outputs of a call
+
 /// The relative L2 error, and why it is too much (empty when it is not). Non-finite values come first: they
 /// say more than an infinite error. The largest single error, over the rms or over the value itself where
 /// that is larger, finds the one bad element that the L2 norm of a large tensor hides.
-std::pair<double, std::string> compare(const reference::Array& got, const reference::Array& want,
-                                       double tolerance) {
+std::pair<double, std::string> difference(const reference::Array& got, const reference::Array& want,
+                                          double tolerance) {
   constexpr double kPeak = 50; // largest over L2: far above rounding, so that only a wrong element shows
   const auto bad = std::count_if(got.begin(), got.end(), [](double x) { return !std::isfinite(x); });
   const double error = reference::relative_error(got, want);
@@ -91,6 +95,14 @@ Status Tuning::check_all() {
     if (!values) return tl::unexpected(values.error());
     expected[name] = std::move(*values);
   }
+  // Comparing costs the host 30 ns an element, more than the call costs the device: it goes on beside the
+  // next ones.
+  std::deque<std::pair<Contestant*, std::future<Verdict>>> pending;
+  const auto settle = [&] {
+    accept(*pending.front().first, pending.front().second.get());
+    pending.pop_front();
+  };
+  const auto most = static_cast<std::size_t>(std::min(engine_->threads(), kMostPending));
   std::size_t done = 0;
   for (Contestant& c : all_) {
     ++done;
@@ -100,8 +112,15 @@ Status Tuning::check_all() {
       continue;
     }
     tell("checking", done, all_.size(), c);
-    (void)judge(c, *c.kernel, tensors, sizes, expected);
+    auto outputs = run_alone(c, *c.kernel, tensors, sizes);
+    if (!outputs) continue;
+    if (pending.size() == most) settle();
+    pending.emplace_back(&c, std::async(std::launch::async, [&, outputs = std::move(*outputs)] {
+      return compare(tensors, outputs, expected);
+    }));
   }
+  while (!pending.empty())
+    settle();
   return {};
 }
 
@@ -121,22 +140,53 @@ Result<Contestant*> Tuning::device_reference(const Sizes& sizes) {
     tell("checking", 0, all_.size(), c);
     Kernel::Impl kernel = *c.kernel;
     kernel.problem = small;
-    if (judge(c, kernel, tensors, sizes, *expected)) return &c;
+    if (const auto outputs = run_alone(c, kernel, tensors, sizes);
+        outputs && accept(c, compare(tensors, *outputs, *expected)))
+      return &c;
     if (broken_) break;
   }
   return nullptr;
 }
 
-bool Tuning::judge(Contestant& c, const Kernel::Impl& kernel, const CallTensors& tensors, const Sizes& sizes,
-                   const std::map<std::string, reference::Array>& expected) {
-  const auto error = check(kernel, tensors, sizes, expected);
-  if (!error) {
-    fault(c, error.error());
-    return false;
+std::optional<Tuning::Outputs> Tuning::run_alone(Contestant& c, const Kernel::Impl& kernel,
+                                                 const CallTensors& tensors, const Sizes& sizes) {
+  const auto run = [&]() -> Result<Outputs> {
+    if (const Status ok = call_alone(kernel, tensors, sizes); !ok) return tl::unexpected(ok.error());
+    Outputs outputs;
+    for (const std::string& name : tensors.outputs()) {
+      auto bytes = tensors.bytes_of(name);
+      if (!bytes) return tl::unexpected(bytes.error());
+      outputs.bytes.emplace(name, std::move(*bytes));
+    }
+    const auto preserved = tensors.inputs_preserved();
+    if (!preserved) return tl::unexpected(preserved.error());
+    outputs.inputs_preserved = *preserved;
+    return outputs;
+  };
+  auto outputs = run();
+  if (outputs) return std::move(*outputs);
+  fault(c, outputs.error());
+  return std::nullopt;
+}
+
+Tuning::Verdict Tuning::compare(const CallTensors& tensors, const Outputs& outputs,
+                                const std::map<std::string, reference::Array>& expected) const {
+  Verdict verdict;
+  for (const auto& [name, bytes] : outputs.bytes) {
+    const auto [error, why] = difference(tensors.values_of(name, bytes), expected.at(name), tolerance(name));
+    verdict.error = std::max(verdict.error, error);
+    if (why.empty()) continue;
+    verdict.wrong = fmt::format("{} has {}", name, why);
+    return verdict;
   }
-  c.row.error = std::max(c.row.error, error->first);
-  if (error->second.empty()) return true;
-  c.out("wrong", error->second);
+  if (!outputs.inputs_preserved) verdict.wrong = "it changed an input";
+  return verdict;
+}
+
+bool Tuning::accept(Contestant& c, const Verdict& verdict) {
+  c.row.error = std::max(c.row.error, verdict.error);
+  if (verdict.wrong.empty()) return true;
+  c.out("wrong", verdict.wrong);
   return false;
 }
 
@@ -174,22 +224,6 @@ Result<std::map<std::string, reference::Array>> Tuning::expected_outputs(const C
   return e;
 }
 
-Result<std::pair<double, std::string>>
-Tuning::check(const Kernel::Impl& k, const CallTensors& tensors, const Sizes& sizes,
-              const std::map<std::string, reference::Array>& expected) const {
-  if (const Status ok = call_alone(k, tensors, sizes); !ok) return tl::unexpected(ok.error());
-  double worst = 0;
-  for (const std::string& name : tensors.outputs()) {
-    const auto got = tensors.output(name);
-    if (!got) return tl::unexpected(got.error());
-    const auto [error, why] = compare(*got, expected.at(name), tolerance(name));
-    worst = std::max(worst, error);
-    if (!why.empty()) return std::pair{worst, fmt::format("{} has {}", name, why)};
-  }
-  const auto preserved = tensors.inputs_preserved();
-  if (!preserved) return tl::unexpected(preserved.error());
-  return std::pair{worst, std::string(*preserved ? "" : "it changed an input")};
-}
 double Tuning::tolerance(const std::string& name) const {
   const bool backward = name.substr(0, 2) == "d_";
   if (p_.operation == Operation::gate) return 1e-4; // fp32 arithmetic and output

@@ -67,12 +67,22 @@ private:
   // tuner_check.cpp
   Status check_all();
   Result<Contestant*> device_reference(const Sizes&);
-  /// Whether it is right; else its row says why not.
-  bool judge(Contestant&, const Kernel::Impl&, const CallTensors&, const Sizes&,
-             const std::map<std::string, reference::Array>& expected);
+  /// What a call left on the device, as it lies there.
+  struct Outputs {
+    std::map<std::string, std::vector<std::byte>> bytes;
+    bool inputs_preserved = true;
+  };
+  struct Verdict {
+    double error = 0;  ///< the largest relative one
+    std::string wrong; ///< why; empty: it is right
+  };
+  /// None when the call failed; the row says why.
+  std::optional<Outputs> run_alone(Contestant&, const Kernel::Impl&, const CallTensors&, const Sizes&);
+  [[nodiscard]] Verdict compare(const CallTensors&, const Outputs&,
+                                const std::map<std::string, reference::Array>& expected) const;
+  /// Whether it is right; else the row says why not.
+  static bool accept(Contestant&, const Verdict&);
   Result<std::map<std::string, reference::Array>> expected_outputs(const CallTensors&) const;
-  Result<std::pair<double, std::string>> check(const Kernel::Impl&, const CallTensors&, const Sizes&,
-                                               const std::map<std::string, reference::Array>& expected) const;
   [[nodiscard]] double tolerance(const std::string& output) const;
   /// One call on `tensors`; does not wait for it.
   Status call(const Kernel::Impl&, const CallTensors&, void* workspace, void* stream) const;
