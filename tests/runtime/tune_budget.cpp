@@ -114,6 +114,17 @@ TEST_CASE("a kernel that takes half of the budget a launch still gets a sample")
   CHECK(timed.count[t.standard] <= 3);
 }
 
+TEST_CASE("a kernel that takes more than the budget is launched once, and that is its sample") {
+  Tuned t;
+  EngineOptions options = options_on(t.backend);
+  options.tune_budget_seconds = 0.2;
+  Timed timed(t);
+  timed.on_call = [](const std::string&) { std::this_thread::sleep_for(300ms); };
+  const TuneReport report = t.tune(Engine::create(options).value());
+  CHECK(row_of(report, t.standard).median_us == 10);
+  CHECK(timed.count[t.standard] == 1);
+}
+
 TEST_CASE("samples that something else disturbed are taken again") {
   Tuned t;
   int fills = 0;
@@ -171,6 +182,11 @@ TEST_CASE("the tuner keeps within its memory budget, and with 64 MiB says that t
   CHECK_THAT(log.back(), Contains("the untuned choice stays"));
   CHECK(t.backend->peak_bytes <= options.tune_memory_bytes);
   CHECK(to_string(engine.plan(t.problem, kScripted, kSizes).value().variant()) == t.standard);
+
+  options.tune_memory_bytes =
+      (std::size_t{128} << 20U) + (std::size_t{300} << 10U); // the buffer or the tensors
+  CHECK(chosen(t.tune(Engine::create(options).value())).empty());
+  CHECK(t.backend->peak_bytes <= options.tune_memory_bytes);
 
   options.tune_memory_bytes = std::size_t{40} << 10U; // not even the tensors of a check
   CHECK(chosen(t.tune(Engine::create(options).value())).empty());
