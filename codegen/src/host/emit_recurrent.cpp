@@ -1,5 +1,6 @@
-// The recurrence token by token as LLVM IR. An item is a slice of V columns of one head of one sequence,
-// whose state lies in scratch as [K][columns]. Per token one pass over it: the update of the token before, S
+// The recurrence token by token on states [K,V], as LLVM IR: V lies along the vectors. An item is a slice of
+// V columns of one head of one sequence, whose state lies in scratch as [K][columns]. Per token one pass over
+// it: the update of the token before, S
 // <- S + k' u, then S <- d S, a = k.S and b = q.S; u = beta (v - a) and o = b + (q.k) u need no second pass.
 #include "emit.h"
 #include "recurrence.h"
@@ -127,31 +128,9 @@ private:
     return ir_.at(matrix, host::element_type(p_.state_dtype),
                   ir_.add(ir_.mul(k, i64(p_.value_dim)), column_));
   }
-  /// Calls `body` for each element of a [V,K] matrix, with its address there and in scratch. Sixteen columns
-  /// at a time: their lines stay in the L1 cache while k runs along them.
-  void transpose(const Value& matrix,
-                 const std::function<void(const Value& there, const Value& here)>& body) {
-    const char* const element = host::element_type(p_.state_dtype);
-    ir_.loop(i64(0), valid_, 16, [&](const Value& first) {
-      const Value behind = ir_.add(first, i64(16));
-      const Value end = ir_.select(ir_.compare("icmp slt", behind, valid_), behind, valid_);
-      ir_.loop(i64(0), i64(p_.key_dim), 1, [&](const Value& k) {
-        const Value line = state_row(k), column = ir_.at(matrix, element, k);
-        ir_.loop(first, end, 1, [&](const Value& c) {
-          const Value offset = ir_.mul(ir_.add(column_, c), i64(p_.key_dim));
-          body(ir_.at(column, element, offset), ir_.at(line, "float", c));
-        });
-      });
-    });
-  }
-
   void load_state() {
     zero(state_, static_cast<std::int64_t>(p_.key_dim) * columns_);
     with_state(offsetof(KernelArgs, initial_state), read_, [&](const Value& matrix) {
-      if (p_.state_layout == StateLayout::v_k)
-        return transpose(matrix, [&](const Value& there, const Value& here) {
-          ir_.store(host::load_element(ir_, p_.state_dtype, there), here, 4);
-        });
       ir_.loop(i64(0), i64(p_.key_dim), 1, [&](const Value& k) {
         host::load_row(ir_, p_.state_dtype, matrix_row(matrix, k), state_row(k), valid_);
       });
@@ -166,14 +145,8 @@ private:
         ir_.loop(i64(0), i64(columns_), width_, [&](const Value& c) {
           put(ir_.fma(key, vector_at(u_, c), vector_at(state_row(d), c)), state_row(d), c);
         });
-        if (p_.state_layout == StateLayout::k_v)
-          host::store_row(ir_, p_.state_dtype, state_row(d), matrix_row(matrix, d), valid_);
+        host::store_row(ir_, p_.state_dtype, state_row(d), matrix_row(matrix, d), valid_);
       });
-      if (p_.state_layout == StateLayout::v_k)
-        transpose(matrix, [&](const Value& there, const Value& here) {
-          ir_.store(host::narrow(ir_, p_.state_dtype, ir_.load("float", here, 4)), there,
-                    size_of(p_.state_dtype));
-        });
       zero(u_, columns_); // the update is in the state now
     });
   }
@@ -226,7 +199,7 @@ private:
 SourceUnit host::emit_recurrent(const Problem& p, const Variant& v, const Target& t) {
   SourceUnit unit;
   unit.name = "host_recurrent.ll";
-  unit.main = Columns(p, v, t).text();
+  unit.main = p.state_layout == StateLayout::v_k ? rows_text(p, v, t) : Columns(p, v, t).text();
   unit.options = {t.arch, t.features};
   unit.entries = {"kda_host_recurrent"};
   return unit;

@@ -1,5 +1,6 @@
 #include "math.h"
 #include <array>
+#include <cstdlib>
 
 namespace kda::host {
 namespace {
@@ -168,17 +169,26 @@ Value narrow(Ir& ir, DType type, const Value& x) {
   return ir.cast("trunc", ir.op("lshr", safe, Ir::integers(x, 16)), vector_of("i16", count));
 }
 
+/// Elements at a time: as many as divide a count that is known, LLVM splits them where registers are shorter.
+static int group_of(const Value& count) {
+  if (count.name[0] == '%') return 4;
+  const int n = std::atoi(count.name.c_str());
+  return n % 16 == 0 ? 16 : n % 8 == 0 ? 8 : 4;
+}
+
 void load_row(Ir& ir, DType type, const Value& from, const Value& to, const Value& count) {
-  ir.loop(i64(0), count, 4, [&](const Value& i) {
+  const int group = group_of(count);
+  ir.loop(i64(0), count, group, [&](const Value& i) {
     const char* const element = element_type(type);
-    const Value raw = ir.load(vector_of(element, 4), ir.at(from, element, i), size_of(type));
+    const Value raw = ir.load(vector_of(element, group), ir.at(from, element, i), size_of(type));
     ir.store(widen(ir, type, raw), ir.at(to, "float", i), 16);
   });
 }
 
 void store_row(Ir& ir, DType type, const Value& from, const Value& to, const Value& count) {
-  ir.loop(i64(0), count, 4, [&](const Value& i) {
-    const Value x = ir.load("<4 x float>", ir.at(from, "float", i), 16);
+  const int group = group_of(count);
+  ir.loop(i64(0), count, group, [&](const Value& i) {
+    const Value x = ir.load(vector_of("float", group), ir.at(from, "float", i), 16);
     ir.store(narrow(ir, type, x), ir.at(to, element_type(type), i), size_of(type));
   });
 }

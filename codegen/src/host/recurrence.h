@@ -50,8 +50,8 @@ protected:
     head_ = ir_.op("srem", rest, heads);
     sequence_ = ir_.div(rest, heads);
     column_ = ir_.mul(slice, i64(columns_));
-    const Value left = ir_.sub(i64(p_.value_dim), column_);
-    valid_ = ir_.select(ir_.compare("icmp slt", left, i64(columns_)), left, i64(columns_));
+    valid_ = p_.value_dim % columns_ == 0 ? i64(columns_)
+                                          : least(ir_.sub(i64(p_.value_dim), column_), i64(columns_));
     if (!p_.varlen) {
       batch_ = sequence_;
       return run_in_place(i64(0), field("i64", offsetof(KernelArgs, tokens)), body);
