@@ -144,6 +144,13 @@ Outcome follow(Child& child, double silence_seconds,
   return outcome;
 }
 
+/// Whether a signal is of the kind that a process brings upon itself: nobody kills with these.
+bool crashed(int status) {
+  constexpr int kCrashes[] = {SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGTRAP};
+  return WIFSIGNALED(status) &&
+         std::find(std::begin(kCrashes), std::end(kCrashes), WTERMSIG(status)) != std::end(kCrashes);
+}
+
 std::string end_of(const Outcome& o, double silence_seconds) {
   if (o.silent) return fmt::format("it gave no answer for {:.0f} s", silence_seconds);
   if (WIFSIGNALED(o.status))
@@ -213,7 +220,7 @@ Status Tuning::measure_in_worker() {
       if (!*again) return {};
       continue;
     }
-    const bool faulted = outcome.silent || WIFSIGNALED(outcome.status);
+    const bool faulted = outcome.silent || crashed(outcome.status);
     const auto culprit = std::find_if(all_.begin(), all_.end(), [&](const Contestant& c) {
       return c.row.variant == outcome.variant && !c.barred;
     });

@@ -139,6 +139,10 @@ void Tuning::tell(std::string_view stage, std::size_t done, std::size_t total, c
     request_.progress({stage, static_cast<int>(done), static_cast<int>(total), c.row.variant});
 }
 
+void Tuning::tell_preparing() const {
+  if (request_.progress) request_.progress({"preparing", 1, 1, {}});
+}
+
 Status Tuning::measure() {
   compile();
   if (const Status ok = unless_full(check_all()); !ok) return ok;

@@ -74,6 +74,7 @@ Status Tuning::call_alone(const Kernel::Impl& k, const CallTensors& tensors, con
 Status Tuning::check_all() {
   const bool drafts = p_.every_state || p_.tree || p_.operation == Operation::replay;
   const Sizes sizes{p_.varlen ? 1 : 2, drafts ? 33 : 150, p_.varlen ? 3 : 2};
+  tell_preparing();
   const auto reference = device_reference(sizes);
   if (!reference) return tl::unexpected(reference.error());
   if (broken_) return {};
@@ -81,6 +82,7 @@ Status Tuning::check_all() {
     drop_rest("failed", "not checked: no reference kernel of this device agrees with float64");
     return {};
   }
+  tell_preparing();
   CallTensors tensors(backend_, engine_->options.tune_memory_bytes);
   if (Status ok = tensors.create(p_, sizes, std::random_device{}()); !ok) return ok;
   if (const Status ok = call_alone(*(*reference)->kernel, tensors, sizes); !ok) {

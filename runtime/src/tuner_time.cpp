@@ -80,6 +80,7 @@ Result<void*> Tuning::fitting_workspace(const CallTensors& tensors, std::size_t 
 Status Tuning::time_all() {
   if (broken_ || std::none_of(all_.begin(), all_.end(), [](const Contestant& c) { return c.runs(); }))
     return {};
+  tell_preparing();
   CallTensors tensors(backend_, engine_->options.tune_memory_bytes);
   if (Status ok = tensors.create(p_, s_, std::random_device{}()); !ok) return ok;
   // More than any L2; a smaller buffer where memory is short would time warm lines.

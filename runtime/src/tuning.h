@@ -63,6 +63,8 @@ private:
   /// else is out.
   void fault(Contestant&, const Error&);
   void tell(std::string_view stage, std::size_t done, std::size_t total, const Contestant&) const;
+  /// That tensors are made, for which no candidate is to blame.
+  void tell_preparing() const;
 
   // tuner_check.cpp
   Status check_all();

@@ -221,6 +221,11 @@ TEST_CASE("a worker that fails or is of another build is an error with what to d
   CHECK_THAT(error("kill -KILL $$\n"), Contains("signal 9"));
   CHECK_THAT(error("printf 'progress\\tcompiling\\t1\\t3\\t" + t.other() + "\\n'\nkill -SEGV $$\n"),
              Contains("while compiling"));
+  CHECK_THAT(error("printf 'progress\\tchecking\\t1\\t3\\t" + t.other() +
+                   "\\nprogress\\tpreparing\\t1\\t1\\t\\n'\nkill -SEGV $$\n"),
+             Contains("while preparing"));
+  CHECK_THAT(error("printf 'progress\\tchecking\\t1\\t3\\t" + t.other() + "\\n'\nkill -KILL $$\n"),
+             Contains("while checking: its process was ended by signal 9"));
   CHECK_THAT(error("echo report\necho nonsense\n"), Contains("report 1"));
   other.problem += " varlen/int32";
   cache::test::spill(scratch.path() / "report.json", write_reports({other}));

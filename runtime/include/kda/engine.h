@@ -173,10 +173,10 @@ struct KernelInfo {
 
 /// What the tuner is about to do, told before it does it.
 struct TuneProgress {
-  std::string_view
-      stage; ///< "waiting for another tuner of this device", "compiling", "checking", "timing", "finals"
-  int done = 0, total = 0; ///< which of the stage's steps; 0 of 0 while waiting
-  std::string_view variant;
+  /// "waiting for another tuner of this device", "compiling", "preparing", "checking", "timing", "finals"
+  std::string_view stage;
+  int done = 0, total = 0;  ///< which of the stage's steps; 0 of 0 while waiting
+  std::string_view variant; ///< empty while waiting and preparing
 };
 struct TuneRequest {
   std::function<void(const TuneProgress&)> progress;
@@ -265,6 +265,7 @@ public:
   void release(Device, void* data) const;
   Status copy_to_device(Device, void* to, const void* from, std::size_t bytes) const;
   Status copy_from_device(Device, void* to, const void* from, std::size_t bytes) const;
+  /// Waits for all work of the device; not while a stream of it is captured.
   Status synchronize(Device) const;
   /// The cache's directory, empty when it is memory only.
   [[nodiscard]] std::filesystem::path cache_directory() const;
