@@ -246,6 +246,33 @@ TEST_CASE("a candidate whose workspace does not fit is out with a reason, and th
   CHECK(backend->live == 0);
 }
 
+TEST_CASE("with no budget at all the untuned choice and one token kernel are checked and timed") {
+  const Problem p = forward_problem();
+  const Sizes sizes{1, 64, 1};
+  auto backend = std::make_shared<ScriptedBackend>();
+  backend->on_launch = [&](const SourceUnit&, const Launch& l, const KernelArgs& a) {
+    return l.entry == 0 ? forward_by_reference(p, a) : Status{};
+  };
+  EngineOptions options = options_on(backend);
+  options.tune_budget_seconds = 0;
+  const TuneReport report = Engine::create(options).value().tune(p, kScripted, sizes).value();
+  const Variant standard = choose(p, backend->target(), sizes).value();
+  REQUIRE(standard.algorithm == Algorithm::chunk);
+  std::set<Algorithm> timed;
+  int count = 0;
+  for (const TuneRow& row : report.rows) {
+    const Variant v = parse_variant(row.variant).value();
+    CHECK((row.status == "ok" || row.status == "skipped" || row.status == "rejected"));
+    if (row.status != "ok") continue;
+    ++count;
+    timed.insert(v.algorithm);
+    CHECK(row.median_us > 0);
+    if (v.algorithm == Algorithm::chunk) CHECK(v == standard);
+  }
+  CHECK(count == 2);
+  CHECK(timed == std::set<Algorithm>{Algorithm::chunk, Algorithm::token});
+}
+
 TEST_CASE("candidates are held against the token kernel on every head") {
   // Right on the one group of heads that float64 sees; with two heads a chunk variant is wrong in one
   // element of o, by 0.9 of the rms: 0.7% in the L2 norm of 19,200 elements, which is within its tolerance.
