@@ -73,9 +73,18 @@ Result<TuneReport> Tuning::run() {
 
 void Tuning::enter() {
   all_.clear();
-  const auto stored = valid_rows(*engine_, *backend_, p_, s_);
-  const bool has_choice =
-      std::any_of(stored.begin(), stored.end(), [](const auto& x) { return x.second.chosen; });
+  const auto stored = rows_of(*engine_, head_);
+  std::map<std::string, std::string> images; // by variant
+  for (const Candidate& candidate : enumerate(p_, backend_->target()))
+    if (candidate.rejected.empty())
+      images[to_string(candidate.variant)] =
+          Engine::Impl::image_key(*backend_, p_, candidate.variant).value_or("");
+  const auto counts = [&](const TuneRow& row) {
+    const auto image = images.find(row.variant);
+    return image != images.end() && image->second == row.image;
+  };
+  const bool has_choice = std::any_of(stored.begin(), stored.end(),
+                                      [&](const auto& x) { return x.second.chosen && counts(x.second); });
   for (const Candidate& candidate : enumerate(p_, backend_->target())) {
     Contestant c;
     c.variant = candidate.variant;
@@ -89,9 +98,9 @@ void Tuning::enter() {
       continue;
     }
     c.estimate_us = estimate_us(p_, c.variant, backend_->target(), s_);
-    c.row.image = Engine::Impl::image_key(*backend_, p_, c.variant).value_or("");
+    c.row.image = images[c.row.variant];
     const auto known = stored.find(c.row.variant);
-    const std::string status = known == stored.end() ? "" : known->second.status;
+    const std::string status = known != stored.end() && counts(known->second) ? known->second.status : "";
     const bool asked = request_.only.empty() || contains(request_.only, c.variant);
     // What was skipped is tried again as long as nothing could be chosen.
     const bool settled =

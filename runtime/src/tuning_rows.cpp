@@ -67,15 +67,10 @@ bool current(const Backend& backend, const Problem& p, const Variant& v, const s
 
 } // namespace
 
-std::map<std::string, TuneRow> valid_rows(const Engine::Impl& engine, const Backend& backend,
-                                          const Problem& p, const Sizes& s) {
-  const TuneReport today = report_head(engine, backend, p, s);
+std::map<std::string, TuneRow> rows_of(const Engine::Impl& engine, const TuneReport& head) {
   std::map<std::string, TuneRow> rows;
-  for (const cache::TuningRow& row : engine.tuning.rows(today.problem, today.bucket, today.device)) {
-    const auto variant = parse_variant(row.variant);
-    if (variant && foreign(row, today).empty() && current(backend, p, *variant, row.image))
-      rows.emplace(row.variant, from_stored(row));
-  }
+  for (const cache::TuningRow& row : engine.tuning.rows(head.problem, head.bucket, head.device))
+    if (foreign(row, head).empty()) rows.emplace(row.variant, from_stored(row));
   return rows;
 }
 

@@ -10,10 +10,8 @@ namespace kda {
 /// What rows of a device are compared with. `driver` and `compiler` made and ran the machine code.
 [[nodiscard]] TuneReport report_head(const Engine::Impl&, const Backend&, const Problem&, const Sizes&);
 
-/// The rows of (problem, bucket) that were measured as today: this device, driver, compiler and timing, and
-/// the image that the generator makes today. By variant.
-[[nodiscard]] std::map<std::string, TuneRow> valid_rows(const Engine::Impl&, const Backend&, const Problem&,
-                                                        const Sizes&);
+/// The rows of a head, by variant. They count where their image is the one that the generator makes today.
+[[nodiscard]] std::map<std::string, TuneRow> rows_of(const Engine::Impl&, const TuneReport& head);
 
 /// The tuned row, or the pin, of a plan; absent when there is none that counts. `note` says what did not
 /// count.
