@@ -1,15 +1,20 @@
 #!/usr/bin/env python3
-"""One token a sequence, the state updated in place: ours beside fla's fused_recurrent_kda, where it can be imported. Writes JSON.
+"""Decode and verify on a GPU, as a server calls them, beside fla, FlashInfer and cuDNN-frontend where they can be imported. Writes JSON.
 
     KDA_JIT_LIBRARY=build-gpu/libkda_jit.so PYTHONPATH=python python3 bench/decode.py --output decode.json
 
-Every row is first checked: one call on a copy of the states, o and the new states against float64 on some heads. Then it is timed: one
-CUDA graph holds calls on different states, at least --rotate MB of them and at least 1.2 ms in all, so no call finds its state in
-L2; the figure is the median over replays of the time a call. The device copy and an update of the states in place by PyTorch, which
-moves the same bytes, stand beside it. Gate: bounded -5; it does not matter for the time. Token inputs stay in L2, as after a projection.
+States lie in one pool; every call has slots of its own, shuffled over the pool. Policies: `last` (the state after the last token, in
+place), `every` (the state after every token, to a table of slots), `updates` (u, k and decay of every token, no state) and `replay`
+(the state after the accepted tokens, in place). Every row is first checked: one call, o and states against float64 on some heads. Then it
+is timed: one CUDA graph holds calls on different slots, at least --rotate MB of states and at least 1.2 ms in all, so no call finds its
+states in L2; the figure is the median over replays of the time a call. `share` is the time that the device copy, measured in the same
+run, takes for the bytes a call must move, over the figure. Gate: bounded -5; it does not matter for the time. Token inputs stay in L2,
+as after a projection. Peers get the states as one tensor, which is the best case for them, and are not held to update them in place.
 """
 
 import argparse
+import concurrent.futures
+import importlib
 import json
 import statistics
 import sys
@@ -23,6 +28,10 @@ DEVICE = "cuda:0"
 STATE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 ALLOWED_STATE_ERROR = dict(fp32=1e-6, bf16=2.5e-3, fp16=3e-4)  # fp32 arithmetic and one rounding of the result
 ALLOWED_O_ERROR = 2.5e-3
+PEERS = dict(fla=("fla.ops.kda", "fused_recurrent_kda"), flashinfer=("flashinfer.kda_kernels", "recurrent_kda"),
+             cudnn=("cudnn.fla", "fused_recurrent_kda"))
+# fp32 state in [V,K], H=32, K=V=128, one token: what a prototype without options took on an H100, in us.
+PROTOTYPE_US = {1: 3.5, 8: 12.7, 32: 47.7, 128: 186, 512: 737}
 
 
 def inputs(batch, tokens, heads, dim, seed):
@@ -37,32 +46,23 @@ def inputs(batch, tokens, heads, dim, seed):
 
 
 def reference(x, state, h):
-    """Float64 recurrence of head h of every sequence from its state [B, K, V]; o [B, T, V] and the state after the tokens."""
+    """Float64 recurrence of head h of every sequence from its state [B, K, V]: o [B, T, V] and the states [B, T, K, V]."""
     norm = lambda t: t * torch.rsqrt((t * t).sum(-1, keepdim=True) + 1e-6)
     q, k = (norm(x[n][:, :, h].double()) for n in "qk")
     v, beta = x["v"][:, :, h].double(), torch.sigmoid(x["beta"][:, :, h].double())
     decay = (-5 * torch.sigmoid(x["A_log"][h].double().exp() * (x["g"][:, :, h].double() + x["dt_bias"][h].double()))).exp()
-    S, o = state.double(), []
+    S, o, states = state.double(), [], []
     for t in range(q.shape[1]):
         S = S * decay[:, t, :, None]
         u = beta[:, t, None] * (v[:, t] - torch.einsum("bkv,bk->bv", S, k[:, t]))
         S = S + k[:, t, :, None] * u[:, None, :]
         o.append(q.shape[-1] ** -0.5 * torch.einsum("bkv,bk->bv", S, q[:, t]))
-    return torch.stack(o, 1), S
+        states.append(S)
+    return torch.stack(o, 1), torch.stack(states, 1)
 
 
 def relative(a, b):
     return float("inf") if not torch.isfinite(a).all() else float((a.double() - b).norm() / b.norm())
-
-
-def errors(x, before, o, after, v_first):
-    """Largest relative errors of o and of the state over the first, the middle and the last head."""
-    k_v = lambda state, h: state[:, h].transpose(-1, -2) if v_first else state[:, h]
-    pairs = []
-    for h in sorted({0, o.shape[2] // 2, o.shape[2] - 1}):
-        want_o, want_S = reference(x, k_v(before, h), h)
-        pairs.append((relative(o[:, :, h], want_o), relative(k_v(after, h), want_S)))
-    return dict(o_error=max(p[0] for p in pairs), state_error=max(p[1] for p in pairs))
 
 
 def time_calls(calls, replays, floor_us):
@@ -93,80 +93,186 @@ def time_calls(calls, replays, floor_us):
     return dict(median_us=round(statistics.median(times), 2), spread_us=round(times[int(0.9 * len(times))] - times[int(0.1 * len(times))], 2))
 
 
-def ours(engine, x, states, options, variant):
-    """The error of one call on a fresh state, and the calls to time, one a state."""
-    batch, tokens, heads, dim = x["q"].shape
-    sizes = (batch, tokens, batch)
-    problem = dict(operation="recurrent", heads=heads, value_heads=heads, key_dim=dim, value_dim=dim, dtype="bf16",
-                   state_dtype=options.state, state_layout=options.layout, gate="bounded", dt_bias=True, beta_sigmoid=True, qk_l2norm=True)
-    kernel = engine.prepare(problem, DEVICE, sizes, variant)
-    size = kernel.workspace_bytes(sizes)
-    workspace = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda")
-    o = torch.full_like(x["v"], float("nan"))
-    bind = lambda state: kernel.bind({**x, "o": o, "initial_state": state, "final_state": state}, scale=dim ** -0.5)
-    calls = [lambda stream, args=bind(state): kernel.launch(args, workspace.data_ptr(), size, stream) for state in states]
-    before = torch.randn_like(states[0])
-    after = before.clone()
+class Shape:
+    """A batch of sequences whose states lie in a pool, slots of `columns` states for each of them in each of `count` calls."""
+
+    def __init__(self, options, batch, tokens, state, layout, policy):
+        self.batch, self.tokens, self.state, self.layout, self.policy = batch, tokens, state, layout, policy
+        self.heads, self.dim, self.seed = options.heads, options.dim, options.seed
+        self.columns = tokens if policy == "every" else 1
+        matrix = self.heads * self.dim ** 2 * STATE_TYPES[state].itemsize
+        self.count = max(2, -(-options.rotate * 1_000_000 // (batch * self.columns * matrix)))
+        reads = 1
+        writes = dict(last=1, every=tokens, updates=0, replay=1)[policy]
+        tensors = 0 if policy == "replay" else batch * tokens * self.heads * (5 * self.dim + 1) * 2
+        updates = batch * tokens * self.heads * 3 * self.dim * 4 if policy in ("updates", "replay") else 0
+        self.bytes = batch * (reads + writes) * matrix + tensors + updates
+        self.rotated_mb = round(self.count * batch * self.columns * matrix / 1e6)
+
+    def name(self):
+        return f"B{self.batch:<4} T{self.tokens} {self.state}/{self.layout} {self.policy}"
+
+    def problem(self, **changes):
+        return dict(operation="replay" if self.policy == "replay" else "recurrent", heads=self.heads, value_heads=self.heads,
+                    key_dim=self.dim, value_dim=self.dim, dtype="bf16", state_dtype=self.state, state_layout=self.layout, gate="bounded",
+                    dt_bias=True, beta_sigmoid=True, qk_l2norm=True, state_pool=True, every_state=self.policy == "every",
+                    updates=self.policy == "updates") | changes
+
+    def prepare(self, engine, variant=None, **changes):
+        return engine.prepare(self.problem(**changes), DEVICE, (self.batch, self.tokens, self.batch), variant)
+
+
+class Data:
+    """The tensors of a shape, shared by all variants."""
+
+    def __init__(self, s):
+        gen = torch.Generator(device="cuda").manual_seed(s.seed + 1)
+        self.s, self.x = s, inputs(s.batch, s.tokens, s.heads, s.dim, s.seed)
+        slots = s.count * s.batch * s.columns
+        self.pool = torch.empty(slots, s.heads, s.dim, s.dim, dtype=STATE_TYPES[s.state], device="cuda")
+        for part in self.pool.split(max(1, 2 ** 28 // self.pool[0].numel())):
+            part.copy_(torch.randn(part.shape, generator=gen, device="cuda"))
+        self.slots = torch.randperm(slots, generator=gen, device="cuda").int().view(s.count, s.batch, s.columns)
+        self.accepted = torch.randint(1, s.columns + 1, (s.batch,), generator=gen, device="cuda").int()
+        self.o = torch.full_like(self.x["v"], float("nan"))
+        rows = lambda: torch.full((s.batch, s.tokens, s.heads, s.dim), float("nan"), device="cuda")
+        self.updates = dict(update_u=rows(), update_k=rows(), update_decay=rows())
+        self.all_tokens = torch.full((s.batch,), s.tokens, dtype=torch.int32, device="cuda")
+        self.error = torch.zeros(1, dtype=torch.int32, device="cuda")
+
+    def bind(self, kernel, i, policy=None):
+        """The arguments of call number i."""
+        s, slots, policy = self.s, self.slots[i], policy or self.s.policy
+        tensors, tables = dict(initial_state=self.pool), dict(read_slots=slots[:, 0])
+        if policy != "updates":
+            tensors["final_state"], tables["write_slots"] = self.pool, slots[:, 0]
+        if policy == "every":
+            tables = dict(read_slots=slots, write_slots=slots, accepted=self.accepted)
+        if policy == "replay":
+            tables["accepted"] = self.all_tokens
+        else:
+            tensors |= self.x | dict(o=self.o)
+        if policy in ("updates", "replay"):
+            tensors |= self.updates
+        return kernel.bind(tensors, scale=s.dim ** -0.5, padding="negative", slot_error=self.error, **tables)
+
+    def heads_of(self, slots):
+        """The states [B, n, K, V] of three heads in `slots` [B], and those heads."""
+        heads = sorted({0, self.s.heads // 2, self.s.heads - 1})
+        states = self.pool[slots.long()[:, None], torch.tensor(heads, device="cuda")]
+        return (states.transpose(-1, -2) if self.s.layout == "v_k" else states).double(), heads
+
+
+def check(engine, data, kernel):
+    """Largest relative errors of o and of every state of call 0 over three heads; a call of updates is followed by its replay."""
+    s, slots, last = data.s, data.slots[0], torch.arange(data.s.batch, device="cuda")
+    start = slots[last, (data.accepted - 1).long()] if s.policy == "every" else slots[:, 0]
+    before, heads = data.heads_of(start)
+    if s.policy == "replay":
+        s_updates = Shape.__new__(Shape)
+        s_updates.__dict__ = s.__dict__ | dict(policy="updates")
+        other = s_updates.prepare(engine, operation="recurrent", updates=True)
+        other.launch(data.bind(other, 0, "updates"), 0, 0)
+    data.o.fill_(float("nan")) if s.policy != "replay" else None
     torch.cuda.synchronize()
-    kernel.launch(bind(after), workspace.data_ptr(), size)
+    kernel.launch(data.bind(kernel, 0), 0, 0)
     torch.cuda.synchronize()
-    row = dict(variant=kernel.explain(), **errors(x, before, o, after, options.layout == "v_k"))
-    row["right"] = row["o_error"] <= ALLOWED_O_ERROR and row["state_error"] <= ALLOWED_STATE_ERROR[options.state]
-    return row, calls
-
-
-def fla(call_kda, x, states, options):
-    """The same for fla, which has no update in place: it writes a new fp32 state."""
-    flags = dict(A_log=x["A_log"], dt_bias=x["dt_bias"].reshape(-1), output_final_state=True, use_qk_l2norm_in_kernel=True,
-                 use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, lower_bound=-5.0, state_v_first=options.layout == "v_k")
-    run = lambda state: call_kda(x["q"], x["k"], x["v"], x["g"], x["beta"], initial_state=state, **flags)[:2]
-    before = torch.randn_like(states[0])
-    o, after = run(before)
-    torch.cuda.synchronize()
-    return errors(x, before, o, after, options.layout == "v_k"), [lambda stream, state=state: run(state) for state in states]
-
-
-def measure(engine, call_fla, batch, options, copy_gbs):
-    shape = (batch, options.heads, options.dim, options.dim)
-    x = inputs(batch, options.tokens, options.heads, options.dim, options.seed)
-    state_bytes = batch * options.heads * options.dim ** 2 * STATE_TYPES[options.state].itemsize
-    count = max(2, -(-options.rotate * 1_000_000 // state_bytes))
-    gen = torch.Generator(device="cuda").manual_seed(options.seed + 1)
-    fresh = lambda: torch.randn(*shape, generator=gen, device="cuda").to(STATE_TYPES[options.state])
-    states = [fresh() for _ in range(count)]
-    token_bytes = batch * options.tokens * options.heads * (5 * options.dim + 1) * 2
-    floor = (2 * state_bytes + token_bytes) / copy_gbs / 1e3
-    row = dict(batch=batch, states=count, rotated_mb=round(count * state_bytes / 1e6), copy_us=round(floor, 2), ours=[])
-    row["update_in_place"] = time_calls([lambda stream, s=s: s.mul_(0.999) for s in states], options.replays, floor)
-    for variant in [None] + list(filter(None, options.variants.split(";"))):
-        try:
-            result, calls = ours(engine, x, states, options, variant)
-            result |= time_calls(calls, options.replays, floor)
-            result["share_of_copy"] = round(floor / result["median_us"], 3)
-        except kda_jit.KdaError as error:
-            result = dict(variant=variant, error=str(error).splitlines()[0])
-        row["ours"].append(result)
-    if call_fla:
-        with torch.inference_mode():
-            row["fla"], calls = fla(call_fla, x, states, options)
-            try:
-                row["fla"] |= time_calls(calls, options.replays, floor)
-            except RuntimeError as error:  # a capture that fails is reported, not hidden behind an eager time
-                row["fla"]["error"] = str(error).splitlines()[0]
+    o_error, state_error = [], []
+    after = [data.heads_of(slots[:, t] if s.policy == "every" else slots[:, 0])[0] for t in range(s.columns)]
+    for i, h in enumerate(heads):
+        want_o, want_states = reference(data.x, before[:, i], h)
+        o_error.append(relative(data.o[:, :, h], want_o))
+        if s.policy == "updates":  # the state is as it was, and what a replay makes of the updates is checked in its own row
+            state_error.append(float((after[0][:, i] != before[:, i]).sum()))
+        else:
+            wanted = want_states if s.policy == "every" else want_states[:, -1:]
+            state_error += [relative(after[t][:, i], wanted[:, t]) for t in range(s.columns)]
+    row = dict(o_error=max(o_error), state_error=max(state_error), slot_error=int(data.error))
+    row["right"] = row["o_error"] <= ALLOWED_O_ERROR and row["state_error"] <= ALLOWED_STATE_ERROR[s.state] and row["slot_error"] == 0
     return row
 
 
-def print_row(row, options):
-    peer = row.get("fla", {}).get("median_us")
-    ratio = lambda us: f"{peer / us:.2f}x" if peer else "-"
-    for result in row["ours"]:
-        head = f"B{row['batch']:<4} H{options.heads} T{options.tokens} {options.state}/{options.layout}"
-        if "error" in result:
-            print(f"{head}  {result['error'][:110]}")
+def ours(engine, data, kernel, replays, floor_us):
+    row = dict(variant=kernel.explain(), **check(engine, data, kernel))
+    bound = [data.bind(kernel, i) for i in range(data.s.count)]
+    calls = [lambda stream, args=args: kernel.launch(args, 0, 0, stream) for args in bound]
+    row |= time_calls(calls, replays, floor_us)
+    row["share"] = round(floor_us / row["median_us"], 3)
+    return row
+
+
+def peer(call_kda, data, replays, floor_us):
+    """A peer with fla's arguments; it writes new states. Its error is that of the first head."""
+    s, x = data.s, data.x
+    flags = dict(A_log=x["A_log"], dt_bias=x["dt_bias"].reshape(-1), output_final_state=True, use_qk_l2norm_in_kernel=True,
+                 use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, lower_bound=-5.0, state_v_first=s.layout == "v_k")
+    states = [data.pool[i * s.batch:(i + 1) * s.batch] for i in range(s.count)]
+    run = lambda state: call_kda(x["q"], x["k"], x["v"], x["g"], x["beta"], initial_state=state, **flags)[:2]
+    o, _ = run(states[0])
+    torch.cuda.synchronize()
+    start = states[0][:, 0]
+    want_o, _ = reference(x, start.transpose(-1, -2) if s.layout == "v_k" else start, 0)
+    return dict(o_error=relative(o[:, :, 0], want_o)) | time_calls([lambda stream, state=state: run(state) for state in states], replays, floor_us)
+
+
+def every_variant():
+    """What the kernel offers for few tokens; those that a problem has not are refused."""
+    for rows in (2, 4, 8, 16, 32):
+        for warps in (1, 4):
+            for flags in ("", " pdl=1", " cs=1 pdl=1"):
+                yield f"token sw={warps} r={rows} st=1{flags}"
+    for chunk in (4, 16):
+        for rows in (4, 8, 16):
+            for lanes in ("", " l=8", " l=16"):
+                for streaming in ("", " cs=1"):
+                    yield f"token c={chunk} sw=4 r={rows} st=1{lanes}{streaming} pdl=1"
+
+
+def measure(engine, s, peers, options, copy_gbs):
+    data, floor_us = Data(s), s.bytes / copy_gbs / 1e3
+    row = dict(shape=s.name(), batch=s.batch, tokens=s.tokens, state=s.state, layout=s.layout, policy=s.policy, calls=s.count,
+               rotated_mb=s.rotated_mb, copy_us=round(floor_us, 2), ours=[], peers={})
+    variants = list(every_variant()) if options.variants == "all" else list(filter(None, options.variants.split(";")))
+
+    def prepare(variant):
+        try:
+            return s.prepare(engine, variant)
+        except kda_jit.KdaError as error:
+            return str(error).splitlines()[0]
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        kernels = list(pool.map(prepare, [None] + variants))
+    for variant, kernel in zip([None] + variants, kernels):
+        if isinstance(kernel, str):
+            if variant is None or options.variants != "all":
+                row["ours"].append(dict(variant=variant or "the choice", error=kernel, right=False))
             continue
-        print(f"{head}  ours {result['median_us']:8.2f} +- {result['spread_us']:5.2f} us  {result['share_of_copy']:4.0%} of copy  in place "
-              f"{row['update_in_place']['median_us']:8.2f}  fla {peer or '-':>8}  {ratio(result['median_us']):>6}  "
-              f"{'right' if result['right'] else 'WRONG'} o {result['o_error']:.1e} state {result['state_error']:.1e}  {result['variant'][:70]}")
+        row["ours"].append(ours(engine, data, kernel, options.replays, floor_us) | dict(given=variant))
+    if s.policy == "last":
+        with torch.inference_mode():
+            for name, call in peers.items():
+                try:
+                    row["peers"][name] = peer(call, data, options.replays, floor_us)
+                except Exception as error:  # what a peer refuses is reported, not hidden
+                    row["peers"][name] = dict(error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    return row
+
+
+def print_table(rows):
+    print(f"\n{'shape':30} {'us':>9} {'+-':>6} {'share':>6} {'best us':>9}  {'peers us':20} check   choice")
+    for row in rows:
+        chosen = row["ours"][0]
+        if "error" in chosen:
+            print(f"{row['shape']:30} {chosen['error'][:110]}")
+            continue
+        best = min((r for r in row["ours"] if "error" not in r and r["right"]), key=lambda r: r["median_us"], default=chosen)
+        beside = " ".join(f"{n} {p.get('median_us', '-')}" for n, p in row["peers"].items())
+        wrong = sum(not r["right"] for r in row["ours"])
+        note = f" [{best['given']}]" if best is not chosen else ""
+        if row["policy"] == "last" and row["tokens"] == 1 and row["state"] == "fp32" and row["layout"] == "v_k" and row["prototype"]:
+            note += f" {chosen['median_us'] / row['prototype']:.3f} of the prototype"
+        print(f"{row['shape']:30} {chosen['median_us']:9.2f} {chosen['spread_us']:6.2f} {chosen['share']:6.1%} {best['median_us']:9.2f}  "
+              f"{beside:20} {'right' if not wrong else f'{wrong} WRONG'}  {chosen['variant'].split(',')[0][:60]}{note}")
 
 
 def main():
@@ -175,41 +281,53 @@ def main():
     parser.add_argument("--batches", default="1,8,32,128,512")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=1, help="tokens a sequence in one call")
-    parser.add_argument("--state", choices=STATE_TYPES, default="fp32")
-    parser.add_argument("--layout", choices=("v_k", "k_v"), default="v_k")
-    parser.add_argument("--variants", default="", help="semicolon separated variants of ours to time besides the default choice")
-    parser.add_argument("--rotate", type=int, default=200, help="MB of distinct state in a graph, at least 150")
+    parser.add_argument("--rows", default="1:last,4:last,4:every,4:updates,4:replay", help="tokens:policy of the rows, comma separated")
+    parser.add_argument("--states", default="fp32,bf16")
+    parser.add_argument("--layouts", default="v_k,k_v")
+    parser.add_argument("--variants", default="", help="semicolon separated variants to time besides the choice, or all")
+    parser.add_argument("--rotate", type=int, default=200, help="MB of distinct states in a graph, at least 150")
     parser.add_argument("--replays", type=int, default=15)
     parser.add_argument("--tune", default="cached")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--seconds", type=float, default=0, help="stop after so long and say what was left out; 0: never")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
     if options.rotate < 150:
         parser.error("--rotate below 150 MB lets L2 hold part of the states")
 
-    try:
-        from fla.ops.kda import fused_recurrent_kda as call_fla
-    except Exception as error:  # a peer that is not there is reported, not required
-        print(f"fla: not importable ({error})", file=sys.stderr)
-        call_fla = None
+    began, peers = time.monotonic(), {}
+    for name, (module, function) in {} if options.no_peers else PEERS.items():
+        try:
+            peers[name] = getattr(importlib.import_module(module), function)
+        except Exception as error:  # a peer that is not there is reported, not required
+            print(f"{name}: not importable ({error})", file=sys.stderr)
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     copy = time_calls([lambda stream: target.copy_(source)], options.replays, 700)["median_us"]
     copy_gbs = 2 * source.numel() / copy / 1e3
     del source, target
-    report = dict(card=torch.cuda.get_device_name(), torch=torch.__version__, seed=options.seed, copy_gbs=round(copy_gbs, 1), heads=options.heads,
-                  dim=options.dim, tokens=options.tokens, state=options.state, layout=options.layout, gate="bounded -5",
-                  method="CUDA graph of calls on rotated states, median over replays, spread = p90 - p10", cases=[])
-    engine, right = kda_jit.Engine(tune=options.tune), True
-    for batch in (int(b) for b in options.batches.split(",")):
-        row = measure(engine, call_fla, batch, options, copy_gbs)
-        right = right and all(r.get("right", False) for r in row["ours"])
-        report["cases"].append(row)
-        print_row(row, options)
+    report = dict(card=torch.cuda.get_device_name(), torch=torch.__version__, seed=options.seed, copy_gbs=round(copy_gbs, 1),
+                  heads=options.heads, dim=options.dim, gate="bounded -5",
+                  method="CUDA graph of calls on rotated slots, median over replays, spread = p90 - p10", rows=[], left_out=[])
+    engine = kda_jit.Engine(tune=options.tune)
+    shapes = [Shape(options, int(batch), int(tokens), state, layout, policy)
+              for state in options.states.split(",") for layout in options.layouts.split(",")
+              for tokens, policy in (row.split(":") for row in options.rows.split(",")) for batch in options.batches.split(",")]
+    for s in shapes:
+        if options.seconds and time.monotonic() - began > options.seconds:
+            report["left_out"].append(s.name())
+            continue
+        row = measure(engine, s, peers, options, copy_gbs)
+        row["prototype"] = PROTOTYPE_US.get(s.batch) if (options.heads, options.dim) == (32, 128) else None
+        report["rows"].append(row)
         with open(options.output, "w") as out:
             json.dump(report, out, indent=1)
         torch.cuda.empty_cache()
-    return 0 if right else 1
+    print(f"{report['card']}, copy {copy_gbs:.0f} GB/s, H={options.heads} K=V={options.dim}, {time.monotonic() - began:.0f} s")
+    print_table(report["rows"])
+    if report["left_out"]:
+        print(f"left out for time: {', '.join(report['left_out'])}")
+    return 0 if all(r.get("right", False) for row in report["rows"] for r in row["ours"]) else 1
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ struct Config {{
   static constexpr bool pool = {pool}, replay = {replay};
   static constexpr bool every_state = {every_state}, updates = {updates}, tree = {tree};
   static constexpr int chunk = {chunk}, value_tile = {value_tile}, prepare_warps = {prepare_warps}, scan_warps = {scan_warps},
-                       rows = {rows}, stages = {stages};
+                       rows = {rows}, stages = {stages}, lanes = {lanes};
+  static constexpr bool streaming = {streaming}, overlap = {overlap};
 }};
 
 }} // namespace kda
@@ -61,7 +62,9 @@ struct Config {{
       fmt::arg("varlen", p.varlen), fmt::arg("backward", p.operation == Operation::backward),
       fmt::arg("v_k", p.state_layout == StateLayout::v_k), fmt::arg("chunk", v.chunk),
       fmt::arg("value_tile", v.value_tile), fmt::arg("prepare_warps", v.prepare_warps),
-      fmt::arg("scan_warps", v.scan_warps), fmt::arg("rows", v.rows), fmt::arg("stages", v.stages));
+      fmt::arg("scan_warps", v.scan_warps), fmt::arg("rows", v.rows), fmt::arg("stages", v.stages),
+      fmt::arg("lanes", v.lanes), fmt::arg("streaming", v.streaming != 0),
+      fmt::arg("overlap", v.overlap != 0));
 }
 
 /// Adds every file that `text` includes, at any depth. Templates include each other by their path under

@@ -13,12 +13,30 @@ struct Spread {
   int channels; ///< of K that one lane holds
   int rows;     ///< of V that a warp works on at a time
 };
-constexpr Spread spread_of(int key_dim) {
-  const int groups = key_dim / 4;
+constexpr int lanes_of(int key_dim) {
   int lanes = 4;
-  while (lanes < groups && lanes < 32)
+  while (lanes < key_dim / 4 && lanes < 32)
     lanes *= 2;
+  return lanes;
+}
+constexpr Spread spread_of(const Problem& p, const Variant& v) {
+  const int groups = p.key_dim / 4, lanes = v.lanes != 0 ? v.lanes : lanes_of(p.key_dim);
   return {lanes, 4 * ((groups + lanes - 1) / lanes), 32 / lanes};
+}
+/// Tiles of rows of one state, and CTAs of them.
+constexpr int tiles_of(const Problem& p, const Variant& v) {
+  return (p.value_dim + v.rows - 1) / v.rows;
+}
+constexpr int ctas_of(const Problem& p, const Variant& v) {
+  return (tiles_of(p, v) + v.scan_warps - 1) / v.scan_warps;
+}
+/// Rows that a warp has at least: [K,V] is read in groups of four rows.
+constexpr int least_rows(const Problem& p, const Spread& spread) {
+  return spread.rows * (p.state_layout == StateLayout::k_v ? 4 : 1);
+}
+/// Bytes of a CTA's prepared tokens, SharedToken of recurrent.cu.
+constexpr int shared_bytes(const Problem& p, const Variant& v) {
+  return v.chunk * 4 * (3 * p.key_dim + (v.scan_warps * v.rows + 3) / 4 * 4 + 4);
 }
 
 /// Floats of the state that one lane keeps.
@@ -36,11 +54,23 @@ double registers(const Problem& p, const Spread& spread, const Variant& v) {
 }
 
 std::string reject(const Problem& p, const Target& t, const Variant& v) {
-  const Spread spread = spread_of(p.key_dim);
-  if (v.rows < spread.rows)
-    return fmt::format("a warp works on {} rows at a time at K={}", spread.rows, p.key_dim);
-  if (v.rows > std::max(padded(p.value_dim), spread.rows))
+  const Spread spread = spread_of(p, v);
+  const int least = least_rows(p, spread);
+  if (v.rows < least)
+    return fmt::format("a warp works on {} rows at a time at K={} in {}", least, p.key_dim,
+                       to_string(p.state_layout));
+  if (v.rows > std::max(padded(p.value_dim), least))
     return fmt::format("{} rows a warp are more than V={} has", v.rows, p.value_dim);
+  if (v.lanes > lanes_of(p.key_dim))
+    return fmt::format("{} lanes are more than K={} fills", v.lanes, p.key_dim);
+  if (v.overlap != 0 && t.compute_capability < 90)
+    return "programmatic dependent launch needs compute capability 9.0";
+  if (v.chunk > 0 && tiles_of(p, v) % v.scan_warps != 0)
+    return fmt::format("{} tiles of rows do not fill CTAs of {} warps, which wait for each other",
+                       tiles_of(p, v), v.scan_warps);
+  if (v.chunk > 0 && p.tree) return "a tree reads the tokens on a path again: there is nothing to share";
+  if (v.chunk > 0 && shared_bytes(p, v) > t.max_shared_bytes)
+    return fmt::format("{} prepared tokens need {} bytes of shared memory", v.chunk, shared_bytes(p, v));
   if (p.tree && v.stages > 1) return "the tokens of a tree are not in order: nothing to load ahead";
   constexpr double kMostRegisters = 248; // 255 with a margin for what the fit misses
   const double need = registers(p, spread, v);
@@ -54,30 +84,50 @@ std::vector<std::string> kernel_entries(const Problem& p) {
   return {p.operation == Operation::replay ? "kda_replay" : "kda_recurrent"};
 }
 
+/// Every warp for itself; with the tokens prepared by a CTA together; with loads that run ahead. A ring of
+/// bulk copies between memory and the registers was 4 to 7% slower than loads (H100, fp32 and bf16 states)
+/// and is not here.
 void variants(const Problem& p, const Target& t, std::vector<Candidate>& all) {
-  for (const int stages : {1, 4}) {
-    if (stages > 1 && p.operation == Operation::replay) continue; // one load a token, nothing to prepare
-    for (const int rows : {1, 2, 4, 8, 16, 32})
-      for (const int warps : {1, 4}) {
-        Variant v;
-        v.algorithm = Algorithm::token;
-        v.rows = rows;
-        v.scan_warps = warps;
-        v.stages = stages;
-        all.push_back({v, reject(p, t, v)});
+  const auto add = [&](int chunk, int warps, int rows, int stages, int lanes, int streaming, int overlap) {
+    Variant v;
+    v.algorithm = Algorithm::token;
+    v.chunk = chunk;
+    v.scan_warps = warps;
+    v.rows = rows;
+    v.stages = stages;
+    v.lanes = lanes;
+    v.streaming = streaming;
+    v.overlap = overlap;
+    all.push_back({v, reject(p, t, v)});
+  };
+  for (const int rows : {1, 2, 4, 8, 16, 32})
+    for (const int warps : {1, 4}) {
+      add(0, warps, rows, 1, 0, 0, 0);
+      add(0, warps, rows, 1, 0, 0, 1);
+      add(0, warps, rows, 1, 0, 1, 1);
+    }
+  if (p.operation == Operation::replay) return; // one load a token, nothing to prepare
+  for (const int chunk : {4, 16})
+    for (const int rows : {4, 8, 16})
+      for (const int streaming : {0, 1}) {
+        add(chunk, 4, rows, 1, 0, streaming, 1);
+        // [K,V]: fewer lanes along K and more along V, whose elements are neighbours.
+        if (p.state_layout == StateLayout::k_v)
+          for (const int lanes : {8, 16})
+            add(chunk, 4, rows, 1, lanes, streaming, 1);
       }
-  }
+  for (const int rows : {1, 2, 4, 8, 16, 32})
+    for (const int warps : {1, 4})
+      add(0, warps, rows, 4, 0, 0, 0);
 }
 
-/// Warps of work: one a tile of rows of each state, and as many again for the padding behind packed tokens.
-std::int64_t units(const Problem& p, const Variant& v, const Sizes& s) {
-  const std::int64_t sequences = s.sequences + (p.varlen && p.operation != Operation::replay ? 1 : 0);
-  return sequences * p.value_heads * ((p.value_dim + v.rows - 1) / v.rows);
-}
-
+/// A CTA for the tiles of rows of each state that its warps own, and as many again for the padding behind
+/// packed tokens.
 LaunchList launch_list(const Problem& p, const Variant& v, const Target&, const Sizes& s) {
+  const std::int64_t sequences = s.sequences + (p.varlen && p.operation != Operation::replay ? 1 : 0);
   LaunchList list;
-  list.add(0, (units(p, v, s) + v.scan_warps - 1) / v.scan_warps, v.scan_warps * 32, 0);
+  list.add(0, sequences * p.value_heads * ctas_of(p, v), v.scan_warps * 32, shared_bytes(p, v),
+           v.overlap != 0);
   return list;
 }
 
@@ -93,38 +143,48 @@ double bytes_of(const Problem& p, const Spread& spread, const Variant& v, const 
                                             p.key_dim * size_of(p.gate_dtype) + size_of(p.beta_dtype));
   const double state = 2.0 * static_cast<double>(s.sequences) * p.value_heads * p.key_dim * p.value_dim *
                        size_of(p.state_dtype);
-  // [K,V]: a lane's rows are neighbours and its channels are not, so narrow rows waste most of every sector.
-  const int rows = v.rows / spread.rows;
+  // [K,V]: a warp reads runs of its rows; runs shorter than a sector waste part of it.
   double waste = 1;
-  if (p.state_layout == StateLayout::k_v) waste = rows >= 8 ? 1.75 : rows >= 4 ? 2 : 6.5;
-  return tokens * per_token + waste * state;
+  if (p.state_layout == StateLayout::k_v && spread.rows * 4 * size_of(p.state_dtype) < 32)
+    waste = v.rows / spread.rows >= 8 ? 1.75 : 2;
+  // Streaming pays while states are few; with many it costs a little (H100).
+  const double states = static_cast<double>(s.sequences) * p.value_heads;
+  const double hint = v.streaming == 0 ? 1 : states < 3000 ? 0.985 : 1.01;
+  return tokens * per_token + waste * hint * state;
 }
 
-/// Fitted to 18 shapes with every variant on an H100 (1 to 4,096 tokens): the choice costs 4% over the best
-/// variant in the median and 22% at worst. Cycles are those of a warp.
+/// Fitted on an H100 to 18 shapes of 1 to 4,096 tokens: the choice costs 4% over the best variant in the
+/// median and 22% at worst. Cycles are those of a warp.
 double estimate(const Problem& p, const Variant& v, const Target& t, const Sizes& s) {
   constexpr double kBytesPerUs = 3.0e6; // device copy
   constexpr double kCyclesPerUs = 1980;
-  constexpr double kLaunchUs = 2.5;
-  constexpr double kLoadCycles = 900; // first loads to last store of a warp
+  constexpr double kLoadCycles = 900;    // first loads to last store of a warp
+  constexpr double kBarrierCycles = 300; // of a CTA, for what a warp prepares for the others
+  constexpr double kTokenCycles = 1000;  // to load and prepare a token after a CTA's first ones
+  const double launch_us = v.overlap != 0 ? 2 : 2.5;
   const bool pipelined = v.stages > 1;
-  const Spread spread = spread_of(p.key_dim);
+  const Spread spread = spread_of(p, v);
   const double channel_cycles = p.gate == GateKind::softplus ? 90 : 50; // gate and norm
-  const double issue = 120 + channel_cycles * spread.channels + 8.3 * state_floats(spread, v);
-  const double chain = issue + (pipelined ? 260 : 500);
+  const double shared = v.chunk > 0 ? 1.0 / v.scan_warps : 1.0;
+  const double token_channels = v.chunk > 0 ? spread_of(p, {}).channels : spread.channels;
+  const double issue = 120 + shared * channel_cycles * token_channels + 8.3 * state_floats(spread, v) +
+                       (v.chunk > 0 ? 3.0 * spread.channels : 0);
+  const double chain = issue + (pipelined ? 260 : v.chunk > 0 ? 300 : 500);
   const double setup = pipelined ? 850 : 300;
 
   const double sequences = std::max(1.0, static_cast<double>(s.sequences));
   const double length = static_cast<double>(s.batch) * static_cast<double>(s.tokens) / sequences;
-  const int tiles = (p.value_dim + v.rows - 1) / v.rows;
-  const double warps = sequences * p.value_heads * tiles;
+  const double warps = sequences * p.value_heads * ctas_of(p, v) * v.scan_warps;
   const double resident = std::clamp(std::floor(2048 / registers(p, spread, v)), 1.0, 64.0);
   const double waves = std::ceil(warps / (resident * t.multiprocessors));
   // Latency of one warp, issue slots of all of them, and memory overlap in part: hence the 2-norm.
-  const double chain_us = waves * (kLoadCycles + length * chain) / kCyclesPerUs;
+  const double blocks = v.chunk > 0 ? std::ceil(length / v.chunk) - 1 : 0;
+  const double shared_cycles =
+      v.chunk > 0 ? (blocks + 1) * kBarrierCycles + blocks * kTokenCycles * v.chunk / v.scan_warps : 0;
+  const double chain_us = waves * (kLoadCycles + length * chain + shared_cycles) / kCyclesPerUs;
   const double issue_us = warps / (4.0 * t.multiprocessors) * (setup + length * issue) / kCyclesPerUs;
   const double memory_us = bytes_of(p, spread, v, s) / kBytesPerUs;
-  return kLaunchUs + std::hypot(chain_us, issue_us, memory_us) + 0.01 * v.scan_warps;
+  return launch_us + std::hypot(chain_us, issue_us, memory_us) + 0.01 * v.scan_warps;
 }
 
 } // namespace

@@ -11,12 +11,15 @@ struct Field {
   const char* name;
   int Variant::*member;
 };
-constexpr std::array<Field, 6> kFields{{{"c", &Variant::chunk},
+constexpr std::array<Field, 9> kFields{{{"c", &Variant::chunk},
                                         {"vt", &Variant::value_tile},
                                         {"pw", &Variant::prepare_warps},
                                         {"sw", &Variant::scan_warps},
                                         {"r", &Variant::rows},
-                                        {"st", &Variant::stages}}};
+                                        {"st", &Variant::stages},
+                                        {"l", &Variant::lanes},
+                                        {"cs", &Variant::streaming},
+                                        {"pdl", &Variant::overlap}}};
 constexpr std::array<std::pair<Algorithm, const char*>, 4> kAlgorithms{{{Algorithm::token, "token"},
                                                                         {Algorithm::chunk, "chunk"},
                                                                         {Algorithm::fused, "fused"},

@@ -79,9 +79,19 @@ public:
   Status launch(const Launch& l, const KernelArgs& args, void* stream) const override {
     const CurrentContext current(*d_, context_);
     std::array<void*, 1> parameters{const_cast<KernelArgs*>(&args)};
-    const int code = d_->launch(functions_[static_cast<std::size_t>(l.entry)], static_cast<unsigned>(l.ctas),
-                                1, 1, l.block, 1, 1, l.shared_bytes, stream, parameters.data(), nullptr);
-    return code == 0 ? Status{} : d_->check(code, "cuLaunchKernel");
+    CudaDriver::LaunchAttribute overlap;
+    overlap.id = CudaDriver::kStreamSerialization;
+    overlap.value[0] = 1;
+    CudaDriver::LaunchConfig config;
+    config.grid[0] = static_cast<unsigned>(l.ctas);
+    config.block[0] = l.block;
+    config.shared_bytes = l.shared_bytes;
+    config.stream = stream;
+    config.attributes = &overlap;
+    config.count = l.overlap && d_->version >= CudaDriver::kOverlapInGraphs ? 1 : 0;
+    const int code =
+        d_->launch(&config, functions_[static_cast<std::size_t>(l.entry)], parameters.data(), nullptr);
+    return code == 0 ? Status{} : d_->check(code, "cuLaunchKernelEx");
   }
 
 private:

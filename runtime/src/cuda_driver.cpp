@@ -32,7 +32,7 @@ Result<std::shared_ptr<const CudaDriver>> CudaDriver::open() {
   load(d->library_kernel, "cuLibraryGetKernel");
   load(d->kernel_function, "cuKernelGetFunction");
   load(d->kernel_set_attribute, "cuKernelSetAttribute");
-  load(d->launch, "cuLaunchKernel");
+  load(d->launch, "cuLaunchKernelEx");
   load(d->allocate, "cuMemAlloc_v2");
   load(d->release, "cuMemFree_v2");
   load(d->copy_to_device, "cuMemcpyHtoDAsync_v2");

@@ -13,6 +13,18 @@ struct CudaDriver {
   using DevicePointer = unsigned long long;
   using Handle = void*; ///< context, stream, event, library, kernel, function, graph
 
+  // CUlaunchAttribute and CUlaunchConfig.
+  struct LaunchAttribute {
+    int id = 0;
+    alignas(8) unsigned char value[64] = {};
+  };
+  struct LaunchConfig {
+    unsigned grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, shared_bytes = 0;
+    Handle stream = nullptr;
+    LaunchAttribute* attributes = nullptr;
+    unsigned count = 0;
+  };
+
   int (*init)(unsigned) = nullptr;
   int (*driver_version)(int*) = nullptr;
   int (*error_name)(int, const char**) = nullptr;
@@ -31,8 +43,7 @@ struct CudaDriver {
   int (*library_kernel)(Handle*, Handle, const char*) = nullptr;
   int (*kernel_function)(Handle*, Handle) = nullptr;
   int (*kernel_set_attribute)(int, int, Handle, Device) = nullptr;
-  int (*launch)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**,
-                void**) = nullptr;
+  int (*launch)(const LaunchConfig*, Handle, void**, void**) = nullptr;
   int (*allocate)(DevicePointer*, std::size_t) = nullptr;
   int (*release)(DevicePointer) = nullptr;
   int (*copy_to_device)(DevicePointer, const void*, std::size_t, Handle) = nullptr; ///< both in a stream
@@ -62,6 +73,8 @@ struct CudaDriver {
   static constexpr int kMaxDynamicShared = 8;
   static constexpr int kRelaxed = 2;                ///< CUstreamCaptureMode
   static constexpr unsigned kNonBlockingStream = 1; ///< CUstream_flags
+  static constexpr int kStreamSerialization = 6;    ///< CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+  static constexpr int kOverlapInGraphs = 12030;    ///< first driver that captures launches with it
 
   int version = 0; ///< 13000 for 13.0
 

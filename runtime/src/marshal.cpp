@@ -128,6 +128,7 @@ private:
     out_.sequences = static_cast<int>(s_.sequences);
     out_.heads = p_.heads;
     out_.value_heads = p_.value_heads;
+    out_.head_reciprocal = head_reciprocal(p_.value_heads);
     out_.scale = a_.scale == 0 ? 1.0F / std::sqrt(static_cast<float>(p_.key_dim)) : a_.scale;
     out_.lower_bound = a_.lower_bound;
     out_.cu_seqlens = a_.cu_seqlens.data;

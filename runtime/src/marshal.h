@@ -8,6 +8,12 @@ namespace kda {
 /// Sizes that a problem cannot have: negative, or N != B when not packed, or B != 1 when packed.
 [[nodiscard]] Status check_sizes(const Problem&, const Sizes&);
 
+/// KernelArgs::head_reciprocal: floor(n * this / 2^32) is n / value_heads or one less, for every n < 2^32.
+[[nodiscard]] constexpr unsigned head_reciprocal(int value_heads) {
+  return value_heads == 1 ? 0xFFFFFFFFU
+                          : static_cast<unsigned>((1ULL << 32U) / static_cast<unsigned>(value_heads));
+}
+
 /// Checks presence, dtype, rank, shape, strides and alignment and fills everything but the workspace. The
 /// sizes are read off the tensors. Allocates nothing unless it refuses. cu_seqlens is only looked at when
 /// `host_memory`.

@@ -24,6 +24,8 @@ struct Config {
   static constexpr bool every_state = false, updates = false, tree = false; ///< as in Problem
   // tunables
   static constexpr int chunk = 64, value_tile = 32, prepare_warps = 4, scan_warps = 4, rows = 4, stages = 2;
+  static constexpr int lanes = 0;
+  static constexpr bool streaming = false, overlap = false;
 };
 
 } // namespace kda

@@ -32,30 +32,33 @@ struct NumberTable {
 /// Slot numbers that mean padding: bits of KernelArgs::padding.
 enum Padding { kSkipNegative = 1, kSkipZero = 2 };
 
+/// What decode reads comes first and stands together: a launch finds its parameters in no cache, and a call
+/// of one token waits for each line of them.
 struct KernelArgs {
-  TokenTensor q, k, v, g, beta, o;             // forward; gate: g in, o out (fp32 natural-log decay)
-  TokenTensor d_o, d_q, d_k, d_v, d_g, d_beta; // backward; gate_backward: d_o in (fp32), d_g out
-  StateTensor initial_state, final_state;      // null: zero, not wanted
-  StateTensor d_final_state, d_initial_state;  // null: zero, not wanted
-  const float* A_log;                          // [HV]
-  const float* dt_bias;                        // [HV, K]
-  float* d_A_log;                              // [HV], null: not wanted
-  float* d_dt_bias;                            // [HV, K], null: not wanted
-  const void* cu_seqlens;                      // [N+1], null when not packed
-  long long tokens;                            // T of a batch row, or all packed tokens
-  int batch, sequences, heads, value_heads;
-  float scale, lower_bound;
-  void* workspace[24]; // slots of codegen's workspace_layout
-  // Problem::updates: out, replay: in. fp32 [B, T, HV, V], [B, T, H, K], [B, T, HV, K].
-  TokenTensor update_u, update_k, update_decay;
   // With a state pool: the slots that sequences read and write, null where initial_state and final_state are,
   // and how many slots each has.
   NumberTable read_slots, write_slots;
-  long long read_pool, write_pool;
   NumberTable accepted; // 1 + the last accepted token; null: read_slots has one column
-  NumberTable parents;  // Problem::tree: by token, -1 for a root
-  int padding;          // bits of Padding
-  int* slot_error;      // maximum with 1 + a refused sequence; may be null
+  long long read_pool, write_pool;
+  int padding;              // bits of Padding
+  unsigned head_reciprocal; // floor(2^32 / value_heads), 2^32 - 1 for one head
+  int* slot_error;          // maximum with 1 + a refused sequence; may be null
+  int batch, sequences, heads, value_heads;
+  float scale, lower_bound;
+  long long tokens;                       // T of a batch row, or all packed tokens
+  const void* cu_seqlens;                 // [N+1], null when not packed
+  StateTensor initial_state, final_state; // null: zero, not wanted
+  TokenTensor q, k, v, g, beta, o;        // forward; gate: g in, o out (fp32 natural-log decay)
+  const float* A_log;                     // [HV]
+  const float* dt_bias;                   // [HV, K]
+  // Problem::updates: out, replay: in. fp32 [B, T, HV, V], [B, T, H, K], [B, T, HV, K].
+  TokenTensor update_u, update_k, update_decay;
+  NumberTable parents;                         // Problem::tree: by token, -1 for a root
+  TokenTensor d_o, d_q, d_k, d_v, d_g, d_beta; // backward; gate_backward: d_o in (fp32), d_g out
+  StateTensor d_final_state, d_initial_state;  // null: zero, not wanted
+  float* d_A_log;                              // [HV], null: not wanted
+  float* d_dt_bias;                            // [HV, K], null: not wanted
+  void* workspace[24];                         // slots of codegen's workspace_layout
 };
 
 } // namespace kda

@@ -15,9 +15,19 @@ using Element = Config::Element;
 using Gate = Config::Gate;
 using Beta = Config::Beta;
 
+// Config::chunk: how many tokens the warps of a CTA prepare together in shared memory, one after the other in
+// turn; 0: each warp prepares every token for itself, K spread as in the state.
+constexpr bool kShared = Config::chunk > 0;
+static_assert(!kShared || kTiles % Config::scan_warps == 0, "every warp of a CTA comes to its barriers");
+using TokenSpread = RowSpread<Config::K, kShared ? 0 : Config::lanes>;
+constexpr int kTokenChannels = TokenSpread::elements;
+constexpr int kCtaRows = Config::scan_warps * Config::rows;
+constexpr int kValues = kShared ? (kCtaRows + 31) / 32 : kSlots; ///< of v, that a lane loads
+
 /// Zeros this warp's rows of o.
 KDA_DEVICE void zero_output(const KernelArgs& args, const Work& w) {
   const i64 first = w.row - w.part * kRows;
+#pragma unroll 1
   for (i64 i = lane_index(); i < (w.end - w.begin) * Config::rows; i += 32) {
     const i64 row = first + i % Config::rows;
     if (row < Config::V)
@@ -28,83 +38,90 @@ KDA_DEVICE void zero_output(const KernelArgs& args, const Work& w) {
 
 /// What the tokens of a value head share.
 struct Head {
-  const Element *q, *k, *v; ///< row 0 of the batch row
-  const Gate* g;
-  const Beta* beta;
-  Element* o;
-  float a, bias[kChannels];
+  float a_log, bias[kTokenChannels];
 };
 
 KDA_DEVICE Head load_head(const KernelArgs& args, const Work& w) {
   Head h;
-  const i64 head = w.value_head / Config::group;
-  h.q = row_of<const Element>(args.q, w.batch, 0, head);
-  h.k = row_of<const Element>(args.k, w.batch, 0, head);
-  h.v = row_of<const Element>(args.v, w.batch, 0, w.value_head);
-  h.g = row_of<const Gate>(args.g, w.batch, 0, w.value_head);
-  h.beta = row_of<const Beta>(args.beta, w.batch, 0, w.value_head);
-  h.o = row_of<Element>(args.o, w.batch, 0, w.value_head);
-  h.a = 1.f;
-  if constexpr (kReadsA) h.a = exp_clamped(args.A_log[w.value_head]);
+  h.a_log = 0.f;
+  if constexpr (kReadsA) h.a_log = args.A_log[w.value_head];
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c)
+  for (int c = 0; c < kTokenChannels; ++c)
     h.bias[c] = 0.f;
   if constexpr (Config::dt_bias)
-    load_row<Config::K>(args.dt_bias + w.value_head * i64(Config::K), w.lane, h.bias);
+    load_row<Config::K, TokenSpread::lanes>(args.dt_bias + w.value_head * Config::K,
+                                            lane_index() % TokenSpread::lanes, h.bias);
   return h;
 }
 
 /// A token as it lies in memory.
 struct Token {
-  Raw4<Element> q[Spread::groups], k[Spread::groups];
-  Raw4<Gate> g[Spread::groups];
-  Element v[kSlots];
+  Raw4<Element> q[TokenSpread::groups], k[TokenSpread::groups];
+  Raw4<Gate> g[TokenSpread::groups];
+  Element v[kValues];
   Beta beta;
 };
 
-KDA_DEVICE Token load_token(const KernelArgs& args, const Work& w, const Head& h, i64 t) {
+/// The row of V that value `i` of a token belongs to.
+KDA_DEVICE int value_row(const Work& w, int i) {
+  const int row = kShared ? w.cta_row + lane_index() + 32 * i : w.sum_row + i;
+  return kWholeTiles && (!kShared || kCtaRows % 32 == 0) ? row : min(row, Config::V - 1);
+}
+
+KDA_DEVICE Token load_token(const KernelArgs& args, const Work& w, i64 t) {
+  const u32 head = w.value_head / Config::group;
+  const Element* const q = row_of<const Element>(args.q, w.batch, t, head);
+  const Element* const k = row_of<const Element>(args.k, w.batch, t, head);
+  const Element* const v = row_of<const Element>(args.v, w.batch, t, w.value_head);
+  const Gate* const g = row_of<const Gate>(args.g, w.batch, t, w.value_head);
   Token x;
+  const int lane = lane_index() % TokenSpread::lanes;
 #pragma unroll
-  for (int j = 0; j < Spread::groups; ++j) {
-    const int channel = Spread::channel(w.lane, j);
-    const bool valid = Spread::valid(w.lane, j);
-    x.q[j] = load_raw(h.q + t * args.q.stride_token + channel, valid);
-    x.k[j] = load_raw(h.k + t * args.k.stride_token + channel, valid);
-    x.g[j] = load_raw(h.g + t * args.g.stride_token + channel, valid);
+  for (int j = 0; j < TokenSpread::groups; ++j) {
+    const int channel = TokenSpread::channel(lane, j);
+    const bool valid = TokenSpread::valid(lane, j);
+    x.q[j] = load_raw(q + channel, valid);
+    x.k[j] = load_raw(k + channel, valid);
+    x.g[j] = load_raw(g + channel, valid);
   }
 #pragma unroll
-  for (int s = 0; s < kSlots; ++s)
-    x.v[s] = h.v[t * args.v.stride_token + min(w.sum_row + s, Config::V - 1)];
-  x.beta = h.beta[t * args.beta.stride_token];
+  for (int i = 0; i < kValues; ++i)
+    x.v[i] = v[value_row(w, i)];
+  x.beta = *row_of<const Beta>(args.beta, w.batch, t, w.value_head);
   return x;
 }
 
 /// A token as the recurrence needs it: q and k normalised, q scaled. None of it depends on the state.
+template <int channels, int values>
 struct Prepared {
-  float q[kChannels], k[kChannels], decay[kChannels];
-  float v[kSlots], beta, qk;
+  float q[channels], k[channels], decay[channels];
+  float v[values], beta, qk;
 };
+using Step = Prepared<kChannels, kSlots>;
+// The forms of the scan are templates of that type: those that a kernel does not use are not instantiated.
 
-/// Sum over the lanes of a row, the same bits in each.
+/// Sum over the lanes of a token's row, the same bits in each.
 KDA_DEVICE float row_sum(float x) {
 #pragma unroll
-  for (int mask = kLanes / 2; mask; mask >>= 1)
+  for (int mask = TokenSpread::lanes / 2; mask; mask >>= 1)
     x += shuffle_xor(x, mask);
   return x;
 }
 
-KDA_DEVICE Prepared prepare(const KernelArgs& args, const Head& h, const Token& token) {
-  Prepared x;
-  float g[kChannels], qq = 0.f, kk = 0.f, qk = 0.f;
+KDA_DEVICE Prepared<kTokenChannels, kValues> prepare(const KernelArgs& args, const Head& h,
+                                                     const Token& token) {
+  Prepared<kTokenChannels, kValues> x;
+  const float a = kReadsA ? exp_clamped(h.a_log) : 1.f;
+  float g[kTokenChannels], qq = 0.f, kk = 0.f, qk = 0.f;
 #pragma unroll
-  for (int j = 0; j < Spread::groups; ++j) {
+  for (int j = 0; j < TokenSpread::groups; ++j) {
     widen<Element>(token.q[j], x.q + 4 * j);
     widen<Element>(token.k[j], x.k + 4 * j);
     widen<Gate>(token.g[j], g + 4 * j);
   }
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    x.decay[c] = exp2_fast(gate_log2(g[c], h.bias[c], h.a, args.lower_bound));
+  for (int c = 0; c < kTokenChannels; ++c) {
+    x.decay[c] = exp2_fast(gate_log2(g[c], h.bias[c], a, args.lower_bound));
     qq = fma(x.q[c], x.q[c], qq);
     kk = fma(x.k[c], x.k[c], kk);
     qk = fma(x.q[c], x.k[c], qk);
@@ -115,15 +132,15 @@ KDA_DEVICE Prepared prepare(const KernelArgs& args, const Head& h, const Token& 
     k_factor = l2norm_factor(row_sum(kk));
   }
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
+  for (int c = 0; c < kTokenChannels; ++c) {
     x.q[c] *= q_factor;
     x.k[c] *= k_factor;
   }
   x.qk = row_sum(qk) * q_factor * k_factor;
   x.beta = beta_value(to_float(token.beta));
 #pragma unroll
-  for (int s = 0; s < kSlots; ++s)
-    x.v[s] = to_float(token.v[s]);
+  for (int i = 0; i < kValues; ++i)
+    x.v[i] = to_float(token.v[i]);
   return x;
 }
 
@@ -147,7 +164,7 @@ KDA_DEVICE void reduce_scatter(float* x, int lane) {
 }
 
 /// Advances the state by one token; writes o, and u where updates are kept.
-KDA_DEVICE void step(float (&state)[kRows][kChannels], const Prepared& x, const Work& w, Element* o,
+KDA_DEVICE void step(float (&state)[kRows][kChannels], const Step& x, const Work& w, Element* o,
                      float* kept_u) {
   float sums[2 * kRows];
 #pragma unroll
@@ -169,10 +186,9 @@ KDA_DEVICE void step(float (&state)[kRows][kChannels], const Prepared& x, const 
   for (int s = 0; s < kSlots; ++s) {
     u[s] = x.beta * (x.v[s] - sums[s]); // in the lower half of the lanes
     const float value = fma(x.qk, shuffle_xor(u[s], kLanes / 2), sums[s]);
-    if (writes && w.sum_row + s < Config::V) o[w.sum_row + s] = from_float<Element>(value);
+    if (writes && is_row(w.sum_row + s)) o[w.sum_row + s] = from_float<Element>(value);
     if constexpr (Config::updates)
-      if (w.lane < kLanes / 2 && w.lane % kSpan == 0 && w.sum_row + s < Config::V)
-        kept_u[w.sum_row + s] = u[s];
+      if (w.lane < kLanes / 2 && w.lane % kSpan == 0 && is_row(w.sum_row + s)) kept_u[w.sum_row + s] = u[s];
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -188,7 +204,7 @@ KDA_DEVICE float* kept_u(const KernelArgs& args, const Work& w, i64 t) {
   return row_of<float>(args.update_u, w.batch, t, w.value_head);
 }
 /// One warp keeps k and decay of a token; k is that of all value heads of a group.
-KDA_DEVICE void keep_update(const KernelArgs& args, const Work& w, const Prepared& x, i64 t) {
+KDA_DEVICE void keep_update(const KernelArgs& args, const Work& w, const Step& x, i64 t) {
   if (w.row != 0) return;
   float* const decay = row_of<float>(args.update_decay, w.batch, t, w.value_head);
   float* const k = row_of<float>(args.update_k, w.batch, t, w.value_head / Config::group);
@@ -202,82 +218,181 @@ KDA_DEVICE void keep_update(const KernelArgs& args, const Work& w, const Prepare
 }
 
 /// A token, and what the call keeps of it.
-KDA_DEVICE void advance(const KernelArgs& args, const Work& w, const Head& h, const Prepared& x, i64 t,
+KDA_DEVICE void advance(const KernelArgs& args, const Work& w, const Step& x, i64 t,
                         float (&state)[kRows][kChannels]) {
-  step(state, x, w, h.o + t * args.o.stride_token, kept_u(args, w, t));
+  const Work now = later(w);
+  step(state, x, w, row_of<Element>(args.o, now.batch, t, now.value_head), kept_u(args, now, t));
   if constexpr (Config::updates) keep_update(args, w, x, t);
-  if constexpr (Config::every_state) store_state(args.final_state, place_after(args, w, t), w, state);
+  if constexpr (Config::every_state) {
+    const i64 place = place_after(args, w, t);
+    if (place != kNowhere) store_state(args, place, w, state);
+  }
 }
 
-/// Few tokens: one after the other.
-KDA_DEVICE void scan_plain(const KernelArgs& args, const Work& w, const Head& h,
-                           float (&state)[kRows][kChannels]) {
-  for (i64 t = w.begin; t < w.end; ++t)
-    advance(args, w, h, prepare(args, h, load_token(args, w, h, t)), t, state);
+/// Few tokens: one after the other. `first` is token w.begin.
+template <class Step>
+KDA_DEVICE void scan_plain(const KernelArgs& args, const Work& w, const Head& h, const Token& first,
+                           const LoadedState& loaded, float (&state)[kRows][kChannels]) {
+  Step x = prepare(args, h, first); // before the state is waited for
+  widen_state(loaded, state);
+#pragma unroll 1
+  for (i64 t = w.begin;;) {
+    advance(args, w, x, t, state);
+    if (++t == w.end) break;
+    x = prepare(args, h, load_token(args, later(w), t));
+  }
+}
+
+/// A prepared token in shared memory, in floats: q, k, decay, v of the CTA's rows, q.k, beta.
+struct SharedToken {
+  static constexpr int v = 3 * Config::K, scalars = v + (kCtaRows + 3) / 4 * 4, floats = scalars + 4;
+};
+
+KDA_DEVICE void share(const Prepared<kTokenChannels, kValues>& x, float* to) {
+  const int lane = lane_index() % TokenSpread::lanes;
+  if (lane_index() < TokenSpread::lanes) {
+#pragma unroll
+    for (int j = 0; j < TokenSpread::groups; ++j) {
+      const int channel = TokenSpread::channel(lane, j);
+      if (!TokenSpread::valid(lane, j)) continue;
+      store4(to + channel, x.q + 4 * j);
+      store4(to + Config::K + channel, x.k + 4 * j);
+      store4(to + 2 * Config::K + channel, x.decay + 4 * j);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kValues; ++i)
+    if (kCtaRows % 32 == 0 || lane_index() + 32 * i < kCtaRows)
+      to[SharedToken::v + lane_index() + 32 * i] = x.v[i];
+  if (lane_index() == 0) {
+    to[SharedToken::scalars] = x.qk;
+    to[SharedToken::scalars + 1] = x.beta;
+  }
+}
+
+KDA_DEVICE Step shared_step(const Work& w, const float* from) {
+  Step x;
+  load_row<Config::K, kLanes>(from, w.lane, x.q);
+  load_row<Config::K, kLanes>(from + Config::K, w.lane, x.k);
+  load_row<Config::K, kLanes>(from + 2 * Config::K, w.lane, x.decay);
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s)
+    x.v[s] = from[SharedToken::v + w.sum_row - w.cta_row + s];
+  x.qk = from[SharedToken::scalars];
+  x.beta = from[SharedToken::scalars + 1];
+  return x;
+}
+
+/// The warps of a CTA prepare Config::chunk tokens, one each in turn, and all of them use them. `first` is
+/// this warp's first token.
+template <class Step>
+KDA_DEVICE void scan_shared(const KernelArgs& args, const Work& w, const Head& h, const Token& first,
+                            const LoadedState& loaded, float (&state)[kRows][kChannels]) {
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  const int warp = warp_index();
+  if (w.begin + warp < w.end) share(prepare(args, h, first), shared + warp * SharedToken::floats);
+  widen_state(loaded, state);
+  for (i64 begin = w.begin; begin < w.end; begin += Config::chunk) {
+    const int count = static_cast<int>(min(w.end - begin, i64{Config::chunk}));
+    if (begin > w.begin) sync_block(); // the tokens before have been read
+    for (int i = begin > w.begin ? warp : warp + Config::scan_warps; i < count; i += Config::scan_warps)
+      share(prepare(args, h, load_token(args, later(w), begin + i)), shared + i * SharedToken::floats);
+    sync_block();
+    for (int i = 0; i < count; ++i)
+      advance(args, w, shared_step(w, shared + i * SharedToken::floats), begin + i, state);
+  }
 }
 
 /// A tree of tokens: one whose parent is not the token before it starts again from the initial state, to
 /// which the updates on the way to the parent are applied.
+template <class Step>
 KDA_DEVICE void scan_tree(const KernelArgs& args, const Work& w, const Head& h, i64 read,
-                          float (&state)[kRows][kChannels]) {
+                          const LoadedState& loaded, float (&state)[kRows][kChannels]) {
+  widen_state(loaded, state);
   for (i64 t = w.begin; t < w.end; ++t) {
     const i64 parent = parent_of(args, w, t - w.begin);
     if (w.begin + parent != t - 1) {
       sync_warp(); // other lanes have written u
-      load_state(args.initial_state, read, w, state);
+      widen_state(load_state(args, read, w, args.initial_state.data != nullptr), state);
       const u64 path = path_to(args, w, parent);
       for (i64 i = 0; i <= parent; ++i) {
         if ((path >> i & 1) == 0) continue;
-        const Prepared x = prepare(args, h, load_token(args, w, h, w.begin + i));
+        const Step x = prepare(args, h, load_token(args, w, w.begin + i));
         apply_update(w, x.k, x.decay, kept_u(args, w, w.begin + i), state);
       }
     }
-    advance(args, w, h, prepare(args, h, load_token(args, w, h, t)), t, state);
+    const Step x = prepare(args, h, load_token(args, w, t));
+    advance(args, w, x, t, state);
   }
 }
 
 /// Many tokens: loads run Config::stages tokens ahead and the next token is prepared during the step, so that
 /// only the chain through the state is left to wait for.
+template <class Step>
 KDA_DEVICE void scan_pipelined(const KernelArgs& args, const Work& w, const Head& h,
-                               float (&state)[kRows][kChannels]) {
+                               const LoadedState& loaded, float (&state)[kRows][kChannels]) {
+  widen_state(loaded, state);
   if (w.begin >= w.end) return;
   Token ahead[Config::stages];
 #pragma unroll
   for (int i = 0; i < Config::stages; ++i)
-    ahead[i] = load_token(args, w, h, min(w.begin + i, w.end - 1));
-  Prepared now = prepare(args, h, ahead[0]);
+    ahead[i] = load_token(args, w, min(w.begin + i, w.end - 1));
+  Step now = prepare(args, h, ahead[0]);
   for (i64 t = w.begin; t < w.end;) {
 #pragma unroll
     for (int i = 0; i < Config::stages; ++i, ++t) {
       if (t == w.end) break;
-      ahead[i] = load_token(args, w, h, min(t + Config::stages, w.end - 1));
-      const Prepared next = prepare(args, h, ahead[(i + 1) % Config::stages]);
-      advance(args, w, h, now, t, state);
+      ahead[i] = load_token(args, w, min(t + Config::stages, w.end - 1));
+      const Step next = prepare(args, h, ahead[(i + 1) % Config::stages]);
+      advance(args, w, now, t, state);
       now = next;
     }
   }
 }
 
+/// So many registers are enough for few tokens; with more, ptxas keeps what the second token needs.
+constexpr int kRegisters = 64 + kRows * kChannels;
+constexpr int kCtasPerSm = Config::stages > 1 || Config::tree || kRegisters > 192
+                               ? 1
+                               : 65536 / (32 * Config::scan_warps * kRegisters);
+
+/// A sequence without tokens.
+KDA_DEVICE void copy_state(const KernelArgs& args, const Work& w, const Numbers& numbers) {
+  const Places places = find_places(args, w, numbers);
+  if (!places.runs || Config::every_state || places.write == kNowhere) return;
+  float state[kRows][kChannels];
+  widen_state(load_state(args, places.read, w, args.initial_state.data != nullptr), state);
+  store_state(args, places.write, w, state);
+}
+
 } // namespace kda
 
-KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_recurrent(KDA_GRID_CONSTANT kda::KernelArgs args) {
+KDA_KERNEL(kda::Config::scan_warps * 32, kda::kCtasPerSm)
+kda_recurrent(KDA_GRID_CONSTANT kda::KernelArgs args) {
   using namespace kda;
-  const i64 unit = static_cast<i64>(block_index_x()) * Config::scan_warps + warp_index();
-  if (unit >= work_units(args, true)) return;
-  const Work w = find_work(args, unit);
-  if (w.sequence == args.sequences) return zero_output(args, w);
-  const Places places = find_places(args, w);
+  begin_kernel();
+  const Work w = find_work(args);
+  if (w.idle) return;
+  if (Config::varlen && w.sequence == static_cast<u32>(args.sequences)) return zero_output(args, w);
+  const Numbers numbers = load_numbers(args, w);
+  if (w.begin >= w.end) return copy_state(args, w, numbers);
+  // One wait for the slot numbers and the first token, then the state is on its way: only after that is
+  // anything judged or computed.
+  const Head head = load_head(args, w);
+  const Token first = load_token(args, w, kShared ? kda::min(w.begin + warp_index(), w.end - 1) : w.begin);
+  const i64 read = numbers.read(args, w);
+  const LoadedState loaded = load_state(args, read, w, is_readable(args, numbers, read));
+  sync_warp(); // or ptxas moves half of the state's loads behind the arithmetic
+  const Places places = find_places(args, w, numbers);
   if (!places.runs) return zero_output(args, w);
   float state[kRows][kChannels];
-  load_state(args.initial_state, places.read, w, state);
-  // Keeps ptxas from moving the long state loads behind the token's arithmetic.
-  sync_warp();
-  const Head head = load_head(args, w);
   if constexpr (Config::tree)
-    scan_tree(args, w, head, places.read, state);
+    scan_tree<Step>(args, w, head, places.read, loaded, state);
   else if constexpr (Config::stages > 1)
-    scan_pipelined(args, w, head, state);
+    scan_pipelined<Step>(args, w, head, loaded, state);
+  else if constexpr (kShared)
+    scan_shared<Step>(args, w, head, first, loaded, state);
   else
-    scan_plain(args, w, head, state);
-  if constexpr (!Config::every_state) store_state(args.final_state, places.write, w, state);
+    scan_plain<Step>(args, w, head, first, loaded, state);
+  if (!Config::every_state && places.write != kNowhere) store_state(args, places.write, w, state);
 }

@@ -21,6 +21,8 @@ TEST_CASE("validate accepts the production problem and refuses what no kernel su
   refused([](Problem& x) { x.key_dim = 17; }, "multiples of 4");
   refused([](Problem& x) { x.key_dim = 260; }, "16 to 256");
   refused([](Problem& x) { x.value_dim = 12; }, "16 to 256");
+  refused([](Problem& x) { x.value_dim = 512; }, "16 to 256"); // B40
+  refused([](Problem& x) { x.key_dim = 8; }, "16 to 256");     // B41
   refused([](Problem& x) { x.value_heads = 33; }, "multiple of heads");
   refused([](Problem& x) { x.heads = 0; }, "heads");
   refused([](Problem& x) { x.dt_bias = true; }, "activated gate");

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <dlfcn.h>
 #include <fmt/format.h>
 #include <thread>
 
@@ -77,18 +76,9 @@ TEST_CASE("a replay of a CUDA graph reads the lengths of its own time", "[gpu]")
   decode.varlen = true;
   const Call call(engine, backend, decode, {1, 12, 3}); // three sequences of 4 tokens
 
-  const Caller caller;
-  using Handle = Caller::Handle;
-  const Handle stream = caller.stream();
-  Handle graph = nullptr, executable = nullptr;
-  constexpr int kGlobal = 0;
   REQUIRE(call.execute());
   REQUIRE(backend->synchronize());
-  REQUIRE(caller.function<int (*)(Handle, int)>("cuStreamBeginCapture_v2")(stream, kGlobal) == 0);
-  REQUIRE(call.execute(stream));
-  REQUIRE(caller.function<int (*)(Handle, Handle*)>("cuStreamEndCapture")(stream, &graph) == 0);
-  REQUIRE(caller.function<int (*)(Handle*, Handle, unsigned long long)>("cuGraphInstantiateWithFlags")(
-              &executable, graph, 0) == 0);
+  const Graph graph([&](Graph::Handle stream) { return call.execute(stream); });
 
   // A call's own buffer, not const where it was allocated.
   void* const lengths = const_cast<void*>(call.tensors.args().cu_seqlens.data);
@@ -100,8 +90,7 @@ TEST_CASE("a replay of a CUDA graph reads the lengths of its own time", "[gpu]")
     const auto expected = call.output("o"), state = call.output("final_state");
     REQUIRE(call.tensors.poison());
     REQUIRE(backend->synchronize());
-    REQUIRE(caller.function<int (*)(Handle, Handle)>("cuGraphLaunch")(executable, stream) == 0);
-    caller.wait(stream);
+    graph.launch();
     CAPTURE(cu[1], cu[2], cu[3]);
     CHECK(call.output("o") == expected);
     CHECK(call.output("final_state") == state);

@@ -112,4 +112,28 @@ struct Call {
   }
 };
 
+/// What a caller captured in a stream, to be launched again.
+class Graph {
+public:
+  using Handle = Caller::Handle;
+  explicit Graph(const std::function<Status(Handle stream)>& work) : stream_(caller_.stream()) {
+    Handle graph = nullptr;
+    constexpr int kGlobal = 0;
+    REQUIRE(caller_.driver->stream_begin_capture(stream_, kGlobal) == 0);
+    const Status done = work(stream_);
+    REQUIRE(caller_.driver->stream_end_capture(stream_, &graph) == 0);
+    REQUIRE(done);
+    REQUIRE(caller_.driver->graph_instantiate(&executable_, graph, 0) == 0);
+  }
+  /// Launches it and waits.
+  void launch() const {
+    REQUIRE(caller_.driver->graph_launch(executable_, stream_) == 0);
+    caller_.wait(stream_);
+  }
+
+private:
+  Caller caller_;
+  Handle stream_, executable_ = nullptr;
+};
+
 } // namespace kda::test

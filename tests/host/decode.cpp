@@ -15,8 +15,7 @@ const Target& target() {
 
 } // namespace
 
-TEST_CASE(
-    "host recurrence: chained calls have the bits of one; views of one packed buffer") { // B28, B47, B48
+TEST_CASE("host recurrence: chained calls have the bits of one; views of one packed buffer") { // B47, B48
   const auto backend = make_host_backend(2).value();
   for (const test::CaseOptions& o : test::decode_cases(true))
     for (const Candidate& c : enumerate(o.problem, target())) {

@@ -35,8 +35,11 @@ TEST_CASE("host recurrence: -1 is padding, in either type") {
   }
 }
 
-TEST_CASE("host recurrence: a slot beyond 2^31 elements") { // B15, B16, B29
+TEST_CASE("host recurrence: slots beyond 2^31 elements") { // B15, B16, B29
   const auto backend = make_host_backend(1).value();
   for (const StateLayout layout : {StateLayout::k_v, StateLayout::v_k})
-    CHECK(test::run_far_slot(*backend, parse_variant("token r=128").value(), layout) == "");
+    for (const test::FarSlot& far : test::far_slots()) {
+      CAPTURE(to_string(layout), far.heads, far.slot);
+      CHECK(test::run_far_slot(*backend, parse_variant("token r=128").value(), layout, far) == "");
+    }
 }

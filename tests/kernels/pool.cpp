@@ -12,8 +12,10 @@ TEST_CASE("recurrent kernel: states in the slots of a pool") {
     const Problem& p = c.call.options.problem;
     CAPTURE(c.name, to_string(p));
     REQUIRE(validate(p));
-    const char* const variants[] = {"token sw=4 r=2 st=1", "token sw=1 r=8 st=4", "token sw=4 r=32 st=1"};
-    CHECK(test::run_pool(*backend, c.call, parse_variant(variants[row % 3]).value()) == "");
+    const char* const variants[] = {"token sw=4 r=8 st=1 pdl=1", "token sw=1 r=8 st=4",
+                                    "token sw=4 r=32 st=1 cs=1", "token c=4 sw=1 r=16 st=1",
+                                    "token c=4 sw=1 r=16 st=1 l=8 cs=1"};
+    CHECK(test::run_pool(*backend, c.call, parse_variant(variants[row % 5]).value()) == "");
   }
 }
 
@@ -26,8 +28,10 @@ TEST_CASE("recurrent kernel: drafts verified by every state, by updates and repl
     REQUIRE(validate(p));
     const bool plain = p.tree || p.operation == Operation::replay;
     const char* const variants[] = {
-        "token sw=4 r=2 st=1", plain ? "token sw=1 r=8 st=1" : "token sw=1 r=8 st=4", "token sw=4 r=32 st=1"};
-    CHECK(test::run_pool(*backend, c.call, parse_variant(variants[row % 3]).value()) == "");
+        "token sw=4 r=8 st=1", plain ? "token sw=1 r=8 st=1 pdl=1" : "token sw=1 r=8 st=4",
+        "token sw=4 r=32 st=1 cs=1", plain ? "token sw=2 r=16 st=1" : "token c=4 sw=1 r=16 st=1",
+        plain ? "token sw=1 r=16 st=1 l=8" : "token c=16 sw=1 r=16 st=1 l=8"};
+    CHECK(test::run_pool(*backend, c.call, parse_variant(variants[row % 5]).value()) == "");
   }
 }
 
@@ -36,12 +40,15 @@ TEST_CASE("recurrent kernel: -1 is padding, in either type") {
   for (const IndexType type : {IndexType::int32, IndexType::int64}) {
     test::PoolCall c = test::pool_call(3, type, PaddingPolicy::negative);
     c.read = c.write = {-1, 2, -1};
-    CHECK(test::run_pool(*backend, c, parse_variant("token sw=4 r=4 st=1").value()) == "");
+    CHECK(test::run_pool(*backend, c, parse_variant("token sw=4 r=8 st=1").value()) == "");
   }
 }
 
-TEST_CASE("recurrent kernel: a slot beyond 2^31 elements") { // B15, B16, B29
+TEST_CASE("recurrent kernel: slots beyond 2^31 elements") { // B15, B16, B29
   const auto backend = emulator::make_backend().value();
   for (const StateLayout layout : {StateLayout::k_v, StateLayout::v_k})
-    CHECK(test::run_far_slot(*backend, parse_variant("token sw=4 r=32 st=1").value(), layout) == "");
+    for (const test::FarSlot& far : test::far_slots()) {
+      CAPTURE(to_string(layout), far.heads, far.slot);
+      CHECK(test::run_far_slot(*backend, parse_variant("token sw=4 r=32 st=1").value(), layout, far) == "");
+    }
 }

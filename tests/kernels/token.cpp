@@ -1,5 +1,6 @@
 // recurrent.cu on the emulator against the float64 recurrence.
 #include "checked.h"
+#include "marshal.h"
 #include "option_matrix.h"
 #include "pairwise.h"
 #include <catch2/catch.hpp>
@@ -118,6 +119,7 @@ TEST_CASE("recurrent kernel: the final state may take the place of the initial o
   args.tokens = o.tokens;
   args.batch = args.sequences = 1;
   args.heads = args.value_heads = 2;
+  args.head_reciprocal = head_reciprocal(2);
   args.scale = static_cast<float>(c.inputs.scale > 0 ? c.inputs.scale : 1 / std::sqrt(32.0));
   const LaunchList list = launches(p, v, backend->target(), c.inputs.sizes);
   REQUIRE(list.count == 1);
@@ -137,6 +139,7 @@ TEST_CASE("recurrent kernel: what does not fit is rejected with a reason") {
   p.operation = Operation::recurrent;
   p.key_dim = 256;
   p.dtype = p.gate_dtype = DType::fp32;
+  p.state_layout = StateLayout::v_k;
   const auto reason = [&](const char* variant) {
     const Variant v = parse_variant(variant).value();
     for (const Candidate& c : enumerate(p, h100()))
@@ -149,6 +152,11 @@ TEST_CASE("recurrent kernel: what does not fit is rejected with a reason") {
   CHECK_THAT(reason("token sw=4 r=4 st=1"), Catch::Contains("8 rows at a time at K=16"));
   p.value_dim = 16;
   CHECK_THAT(reason("token sw=4 r=32 st=1"), Catch::Contains("more than V=16 has"));
+  CHECK_THAT(reason("token c=4 sw=4 r=8 st=1 pdl=1"), Catch::Contains("2 tiles of rows do not fill"));
+  p.state_layout = StateLayout::k_v;
+  CHECK_THAT(reason("token sw=4 r=8 st=1"), Catch::Contains("32 rows at a time at K=16 in k_v"));
+  CHECK_THAT(reason("token c=4 sw=4 r=16 st=1 l=8 pdl=1"),
+             Catch::Contains("8 lanes are more than K=16 fills"));
 }
 
 TEST_CASE("recurrent kernel: the untuned choice prefetches when there are tokens to prefetch") {

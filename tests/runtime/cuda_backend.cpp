@@ -100,8 +100,11 @@ std::shared_ptr<CudaDriver> driver() {
     return calls.add("kernel_function");
   };
   d->kernel_set_attribute = [](int, int, Handle, int) { return calls.add("kernel_set_attribute"); };
-  d->launch = [](Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle stream,
-                 void**, void**) { return calls.add("launch", stream); };
+  d->launch = [](const CudaDriver::LaunchConfig* config, Handle, void**, void**) {
+    const bool overlaps = config->count == 1 && config->attributes->id == CudaDriver::kStreamSerialization &&
+                          config->attributes->value[0] == 1;
+    return calls.add(overlaps ? "overlapping launch" : "launch", config->stream);
+  };
   d->allocate = [](CudaDriver::DevicePointer* p, std::size_t) {
     *p = 0x1000;
     return calls.add("allocate");
@@ -223,6 +226,23 @@ TEST_CASE("everything but launches and fills is done in relaxed capture mode, an
   CHECK(calls.names() == std::vector<std::string>{"launch", "fill"});
   for (const Calls::Call& c : calls.all)
     CHECK((c.mode == 0 && c.stream == handle(9)));
+}
+
+TEST_CASE("a launch overlaps the kernel before it where it asks to and the driver can capture that") {
+  const auto [unit, image] = kernel();
+  for (const int version : {12020, 12030})
+    for (const bool overlap : {false, true}) {
+      const auto d = driver();
+      d->version = version;
+      const auto b = make_cuda_backend(d, 0, fail(ErrorCode::unavailable, "no NVRTC")).value();
+      const auto module = b->load(unit, image).value();
+      calls.all.clear();
+      Launch launch;
+      launch.overlap = overlap;
+      REQUIRE(module->launch(launch, KernelArgs{}, handle(9)));
+      const bool overlaps = overlap && version >= 12030;
+      CHECK(calls.names() == std::vector<std::string>{overlaps ? "overlapping launch" : "launch"});
+    }
 }
 
 TEST_CASE("no copy, wait or sample touches the default stream, which other captures forbid") {

@@ -95,10 +95,10 @@ TEST_CASE("every variant of the production problem compiles for sm_90a without a
   for (const Operation operation : {Operation::forward, Operation::recurrent, Operation::backward,
                                     Operation::gate, Operation::gate_backward})
     for (const Candidate& c : enumerate(production(operation), cuda_target("sm_90a").value())) {
-      if (c.rejected.empty())
-        jobs.push_back({production(operation), c.variant, "sm_90a"});
-      else
+      if (!c.rejected.empty())
         CHECK(c.rejected.size() > 10); // a reason, not a mark
+      else if (operation != Operation::forward || c.variant.algorithm != Algorithm::token)
+        jobs.push_back({production(operation), c.variant, "sm_90a"}); // token: recurrent has the same text
     }
   compile_all(*nvrtc, jobs);
 }

@@ -1,6 +1,7 @@
 #pragma once
 // A sequence of fp32 tokens in calls of a few tokens each, the final state of a call in place of its initial
 // one: how a server decodes. A variant must give the same bits however the tokens are cut into calls.
+#include "marshal.h"
 #include "random_case.h"
 #include "run_case.h"
 #include <algorithm>
@@ -116,6 +117,7 @@ inline Bits in_steps(const Backend& backend, const TestCase& c, const Variant& v
   args.batch = args.sequences = static_cast<int>(batch);
   args.heads = p.heads;
   args.value_heads = p.value_heads;
+  args.head_reciprocal = head_reciprocal(p.value_heads);
   args.scale = static_cast<float>(1 / std::sqrt(p.key_dim));
   args.lower_bound = -5;
 

@@ -24,8 +24,9 @@ inline std::vector<ExactCase> exact_cases() {
     o.tokens = operation == Operation::backward ? 3 : 5; // its products have more bits
     all.push_back({exact_case(o), parse_variant(variant).value()});
   };
-  add(Operation::recurrent, DType::fp32, "token sw=1 r=4 st=4");
+  add(Operation::recurrent, DType::fp32, "token sw=1 r=8 st=4");
   add(Operation::recurrent, DType::bf16, "token sw=4 r=16 st=1");
+  add(Operation::recurrent, DType::bf16, "token c=4 sw=4 r=16 st=1 l=8 cs=1 pdl=1");
   for (const char* variant : {"chunk c=64 vt=64 pw=8 sw=4 st=2", "chunk c=32 vt=32 pw=8 sw=4 st=3",
                               "chunk c=16 vt=16 pw=4 sw=8 st=4"})
     add(Operation::forward, DType::bf16, variant);

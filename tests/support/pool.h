@@ -2,6 +2,7 @@
 // Calls of the recurrence whose states lie in a pool of slots, on any backend, against the float64 recurrence
 // of each sequence. Whatever no slot number names must keep its bits: other slots, gaps between slots.
 #include "kda/case_io.h"
+#include "marshal.h"
 #include "random_case.h"
 #include "run_case.h"
 #include <algorithm>
@@ -171,6 +172,15 @@ private:
     const auto per_slot = static_cast<std::size_t>(p_.value_heads) * matrix();
     initial_.assign(static_cast<std::size_t>(call_.slots) * slot_bytes(), std::byte{0xFF});
     final_.assign(initial_.size(), std::byte{0xFE});
+    // A kernel may read the slot of a row that it will refuse, as long as nothing comes of it.
+    for (std::size_t i = 0; i < call_.read.size(); ++i) {
+      const std::int64_t slot = call_.read[i];
+      if (sequences_[i / static_cast<std::size_t>(call_.read_columns)].fate == Fate::refused && slot >= 0 &&
+          slot < call_.slots)
+        std::fill_n(initial_.begin() +
+                        static_cast<std::ptrdiff_t>(slot) * static_cast<std::ptrdiff_t>(slot_bytes()),
+                    slot_bytes(), std::byte{0xFE});
+    }
     std::mt19937_64 engine(11);
     std::normal_distribution<double> normal(0, 0.5);
     case_.inputs.initial_state.assign(sequences_.size() * per_slot, 0);
@@ -262,6 +272,7 @@ private:
     args_.sequences = static_cast<int>(in.sizes.sequences);
     args_.heads = p_.heads;
     args_.value_heads = p_.value_heads;
+    args_.head_reciprocal = head_reciprocal(p_.value_heads);
     args_.scale = static_cast<float>(in.scale == 0 ? 1 / std::sqrt(p_.key_dim) : in.scale);
     args_.lower_bound = static_cast<float>(in.lower_bound);
     const auto stride = static_cast<long long>(slot_bytes()) / size_of(p_.state_dtype);
@@ -395,22 +406,32 @@ inline std::string run_pool(const Backend& backend, const PoolCall& call, const 
   return PoolRun(backend, call).run(variant);
 }
 
-/// Slot 5,000 of 32 heads of 128 x 128 in fp32, padded as a server pads them: 2.7e9 elements from the first.
-/// Only the pages that are touched take memory.
-inline std::string run_far_slot(const Backend& backend, const Variant& variant, StateLayout layout) {
+/// States of 128 x 128 in fp32, in place, that lie `slot` slots of `stride` elements behind the pool's first
+/// one. Only the pages that are touched take memory.
+struct FarSlot {
+  int heads;
+  std::int64_t slot, stride, slots;
+  std::vector<std::int64_t> lengths, read, write; ///< packed sequences; slots behind `slot`
+  bool every_state = false;
+};
+inline std::string run_far_slot(const Backend& backend, const Variant& variant, StateLayout layout,
+                                const FarSlot& far) {
   PoolCall c;
   Problem& p = c.options.problem;
   p.operation = Operation::recurrent;
-  p.heads = p.value_heads = 32;
+  p.heads = p.value_heads = far.heads;
   p.dtype = p.gate_dtype = p.beta_dtype = DType::fp32;
-  p.state_pool = true;
+  p.state_pool = p.varlen = true;
+  p.every_state = far.every_state;
   p.state_layout = layout;
-  c.options.tokens = 1;
-  c.slots = 1;
-  c.read = c.write = {0};
-  c.far_slot = 5'000;
-  c.far_stride = 540'672;
-  const auto bytes = static_cast<std::size_t>((c.far_slot + 1) * c.far_stride) * sizeof(float);
+  c.options.lengths = far.lengths;
+  c.slots = far.slots;
+  c.read = far.read;
+  c.write = far.write;
+  c.columns = static_cast<std::int64_t>(far.write.size() / far.lengths.size());
+  c.far_slot = far.slot;
+  c.far_stride = far.stride;
+  const auto bytes = static_cast<std::size_t>((far.slot + far.slots) * far.stride) * sizeof(float);
   void* const map =
       mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (map == MAP_FAILED) return "no address space";
@@ -418,6 +439,14 @@ inline std::string run_far_slot(const Backend& backend, const Variant& variant, 
   std::string wrong = run_pool(backend, c, variant);
   munmap(map, bytes);
   return wrong;
+}
+/// 2.4e9 to 2.7e9 elements behind the first one: a slot padded as a server pads it (B15), the states after
+/// every token (B16), and a sequence without tokens, whose state is copied from slot to slot (B29).
+inline std::vector<FarSlot> far_slots() {
+  constexpr std::int64_t kOf12 = 12 * 128 * 128, kOf32 = 32 * 128 * 128;
+  return {{32, 5'000, 540'672, 1, {1}, {0}, {0}},
+          {12, 12'000, kOf12, 2, {2}, {0}, {0, 1}, true},
+          {32, 5'000, kOf32, 3, {0, 1}, {0, 2}, {1, 2}}};
 }
 
 } // namespace kda::test

@@ -137,6 +137,13 @@ inline std::vector<NamedPoolCall> verify_calls() {
   c.options.lengths = {1, 1, 1, 1, 1, 1, 1, 1}; // B26
   c.columns = 1;
   add("packed: sequences of one token without an initial state", c, {}, {7, 6, 5, 4, 3, 2, 1, 0});
+  c.options.lengths = {4, 4, 4}; // B22
+  c.columns = 4;
+  add("packed: fresh requests of as many tokens as a verify has, every state", c, {},
+      {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11});
+  c.options.problem.every_state = false;
+  c.columns = 1;
+  add("packed: fresh requests of as many tokens as a verify has, the last state", c, {}, {2, 0, 1});
 
   c = pool_call(3, IndexType::int64, PaddingPolicy::both);
   c.options.tokens = 5;

@@ -1,5 +1,6 @@
 #include "run_case.h"
 #include "kda/case_io.h"
+#include "marshal.h"
 #include <algorithm>
 #include <cmath>
 #include <fmt/format.h>
@@ -121,6 +122,7 @@ private:
     args_.sequences = static_cast<int>(s_.sequences);
     args_.heads = p_.heads;
     args_.value_heads = p_.value_heads;
+    args_.head_reciprocal = head_reciprocal(p_.value_heads);
     const double scale = case_.inputs.scale;
     args_.scale = static_cast<float>(scale == 0 ? 1 / std::sqrt(static_cast<double>(p_.key_dim)) : scale);
     args_.lower_bound = static_cast<float>(case_.inputs.lower_bound);

@@ -19,7 +19,7 @@ test::CaseOptions gate_backward() {
   return o;
 }
 const Variant kGate = parse_variant("gate sw=4 r=8").value();
-const Variant kToken = parse_variant("token sw=1 r=4 st=1").value();
+const Variant kToken = parse_variant("token sw=1 r=16 st=1").value();
 
 std::shared_ptr<Backend> emulated(std::uint64_t seed = 0) {
   emulator::Options options;

@@ -32,16 +32,17 @@ struct Launch {
   std::int64_t ctas = 1; ///< a grid of one dimension; host: work items. At most kMostCtas
   unsigned block = 0;    ///< threads of a CTA; 0 on the host
   unsigned shared_bytes = 0;
+  bool overlap = false; ///< may start before the kernel before it has ended; it waits itself
 };
 constexpr std::int64_t kMostCtas = 2147483647; ///< that a CUDA grid has in x
 /// The launches of one call, in order, in one stream; no allocation. A launch without CTAs is left out.
 struct LaunchList {
   std::array<Launch, 12> items{};
   int count = 0;
-  void add(int entry, std::int64_t ctas, int block, int shared_bytes) {
+  void add(int entry, std::int64_t ctas, int block, int shared_bytes, bool overlap = false) {
     if (ctas > 0)
       items[static_cast<std::size_t>(count++)] = {entry, ctas, static_cast<unsigned>(block),
-                                                  static_cast<unsigned>(shared_bytes)};
+                                                  static_cast<unsigned>(shared_bytes), overlap};
   }
 };
 [[nodiscard]] LaunchList launches(const Problem&, const Variant&, const Target&, const Sizes&);

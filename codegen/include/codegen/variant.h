@@ -22,12 +22,16 @@ enum class Algorithm : std::uint8_t {
 
 struct Variant {
   Algorithm algorithm = Algorithm::token;
-  int chunk = 0;         ///< C, tokens of a chunk: 16, 32 or 64; 0 for token and gate
+  int chunk = 0; ///< C, tokens of a chunk: 16, 32 or 64. token: those that a CTA's warps prepare together
+                 ///< in shared memory; 0: every warp prepares all of them for itself
   int value_tile = 0;    ///< V columns that one CTA of the scan (chunk) or fused kernel owns
   int prepare_warps = 0; ///< warps of the chunk-parallel kernels, or of a fused CTA that prepare
   int scan_warps = 0;    ///< warps of the scan, of a token CTA, or of a fused CTA that carry the state
   int rows = 0;          ///< token: V rows that one warp owns. Host: V columns of a register tile
   int stages = 0;        ///< depth of the scan's prefetch, or of the fused kernel's ring
+  int lanes = 0;         ///< token: lanes of a warp that share a row of K; 0: as many as K fills
+  int streaming = 0;     ///< token: 1: states pass by L1 and leave L2 first
+  int overlap = 0;       ///< token: 1: starts while the kernel before it ends (programmatic dependent launch)
 
   bool operator==(const Variant&) const = default;
 };

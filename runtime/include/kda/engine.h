@@ -78,7 +78,7 @@ enum class PaddingPolicy : std::uint8_t { none, negative, zero, both };
 ///   * Padding: a sequence whose read slot is skipped by the padding policy (its first write slot where there
 ///     is no initial_state) gets o = 0 and touches no slot. Where only a write slot is skipped, o is computed
 ///     and the state is not kept.
-///   * Refused: a slot number that is not skipped and not in [0, slots) gives o = 0, touches no slot and
+///   * Refused: a slot number that is not skipped and not in [0, slots) gives o = 0, changes no slot and
 ///     raises slot_error to 1 + n where it is less; with several the largest n stays. Zero it before the
 ///     call. The same becomes of an accepted count, a parent or a length that its table cannot hold.
 ///   * A sequence without tokens copies its state from the one slot to the other.

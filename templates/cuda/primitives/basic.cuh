@@ -146,6 +146,13 @@ KDA_DEVICE float one_if_equal(float a, float b) {
   return y;
 }
 
+/// The same value, of which the compiler knows nothing: what a loop computes from it is computed in the loop,
+/// and not held in registers from before.
+KDA_DEVICE u32 hide(u32 x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 KDA_DEVICE int thread_index() {
   return static_cast<int>(threadIdx.x);
 }
@@ -218,7 +225,12 @@ KDA_DEVICE float warp_sum(float x) {
   return x;
 }
 
-/// Global loads and stores of 4, 8 or 16 bytes that do not stay in L1 (streamed once).
+/// Global loads and stores of 8 or 16 bytes that are used once: loads pass by L1, stores leave L2 first.
+KDA_DEVICE Word2 load_streaming(const Word2* p) {
+  Word2 r;
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "l"(p));
+  return r;
+}
 KDA_DEVICE Word4 load_streaming(const Word4* p) {
   Word4 r;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -226,10 +238,23 @@ KDA_DEVICE Word4 load_streaming(const Word4* p) {
                : "l"(p));
   return r;
 }
+KDA_DEVICE void store_streaming(Word2* p, Word2 v) {
+  asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]) : "memory");
+}
 KDA_DEVICE void store_streaming(Word4* p, Word4 v) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]),
                "r"(v.w[3])
                : "memory");
+}
+
+// Programmatic dependent launch, sm_90 and later; a launch without the attribute passes both at once.
+/// Waits until the kernels before this one in its stream have ended and what they wrote is visible.
+KDA_DEVICE void wait_for_kernel_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+/// The kernel behind this one may start, as far as its own wait.
+KDA_DEVICE void start_kernel_behind() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 } // namespace kda

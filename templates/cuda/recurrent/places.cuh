@@ -18,19 +18,31 @@ constexpr int kMostTreeTokens = 64; ///< bits of a path
 KDA_DEVICE bool is_padding(const KernelArgs& args, i64 slot) {
   return ((args.padding & kSkipNegative) != 0 && slot < 0) || ((args.padding & kSkipZero) != 0 && slot == 0);
 }
-KDA_DEVICE i64 number_of(const NumberTable& table, i64 sequence, i64 column = 0) {
-  const i64 at = sequence * table.stride_sequence + column * table.stride_column;
-  return table.wide != 0 ? static_cast<const i64*>(table.data)[at] : static_cast<const int*>(table.data)[at];
+/// A number of a table as it lies in memory: converting would wait for it.
+struct LoadedNumber {
+  u32 low, high;
+  KDA_DEVICE i64 value(const NumberTable& table) const {
+    return table.wide != 0 ? static_cast<i64>(u64{high} << 32 | low) : i64{static_cast<int>(low)};
+  }
+};
+KDA_DEVICE LoadedNumber load_number(const NumberTable& table, u32 sequence, i64 column, bool given) {
+  const u32* const at = static_cast<const u32*>(table.data) +
+                        ((sequence * table.stride_sequence + column * table.stride_column) << table.wide);
+  LoadedNumber n = {};
+  if (given) n = {at[0], at[table.wide]};
+  return n;
+}
+KDA_DEVICE i64 number_of(const NumberTable& table, u32 sequence, i64 column) {
+  return load_number(table, sequence, column, true).value(table);
 }
 KDA_DEVICE bool outside(i64 slot, i64 slots) {
   return static_cast<u64>(slot) >= static_cast<u64>(slots);
 }
 
 /// Raises the error word; of all warps of a sequence one does.
-KDA_DEVICE Places refuse(const KernelArgs& args, const Work& w) {
+KDA_DEVICE void raise_error(const KernelArgs& args, const Work& w) {
   if (w.value_head == 0 && w.row == 0 && lane_index() == 0 && args.slot_error != nullptr)
     atomic_max(args.slot_error, static_cast<int>(w.sequence) + 1);
-  return {0, kNowhere, 0, false};
 }
 
 /// Where the state after token `t` goes.
@@ -71,35 +83,64 @@ KDA_DEVICE u64 path_to(const KernelArgs& args, const Work& w, i64 token) {
   return path;
 }
 
-KDA_DEVICE Places find_places(const KernelArgs& args, const Work& w) {
-  const Places idle{0, kNowhere, 0, false};
-  Places p{w.sequence, w.sequence, 0, true};
+/// What the tables say of a sequence, not yet judged, so that a kernel can load its first token before it
+/// waits for them, and its state before it judges them.
+struct Numbers {
+  i64 accepted;
+  LoadedNumber read_slot, write_slot;
+
+  /// The state that the sequence starts from; it may lie outside the pool.
+  KDA_DEVICE i64 read(const KernelArgs& args, const Work& w) const {
+    return Config::pool ? read_slot.value(args.read_slots) : i64{w.sequence};
+  }
+  KDA_DEVICE i64 write(const KernelArgs& args, const Work& w) const {
+    return Config::pool ? write_slot.value(args.write_slots) : i64{w.sequence};
+  }
+};
+KDA_DEVICE Numbers load_numbers(const KernelArgs& args, const Work& w) {
+  Numbers n = {1, {}, {}};
   i64 column = 0;
-  if constexpr (Config::pool || Config::replay) {
+  if constexpr (Config::pool || Config::replay)
     if (args.accepted.data != nullptr) {
-      const i64 accepted = number_of(args.accepted, w.sequence);
-      if (accepted == 0) return idle;
-      const i64 most = Config::replay ? w.end - w.begin : args.read_slots.columns;
-      if (accepted < 0 || accepted > most) return refuse(args, w);
-      p.steps = accepted;
-      if constexpr (!Config::replay) column = accepted - 1;
+      n.accepted = number_of(args.accepted, w.sequence, 0);
+      if (!Config::replay && n.accepted > 0) column = min(n.accepted, i64{args.read_slots.columns}) - 1;
     }
-  }
-  if constexpr (Config::tree)
-    if (!is_tree(args, w)) return refuse(args, w);
   if constexpr (Config::pool) {
-    const bool reads = args.initial_state.data != nullptr, writes = args.final_state.data != nullptr;
-    p.read = reads ? number_of(args.read_slots, w.sequence, column) : kNowhere;
-    p.write = writes ? number_of(args.write_slots, w.sequence) : kNowhere;
-    if (reads ? is_padding(args, p.read) : writes && is_padding(args, p.write)) return idle;
-    if (!writes || is_padding(args, p.write)) p.write = kNowhere;
-    if (reads && outside(p.read, args.read_pool)) return refuse(args, w);
-    if constexpr (Config::every_state) {
-      if (writes && writes_outside(args, w, p.read)) return refuse(args, w);
-    } else {
-      if (p.write != kNowhere && outside(p.write, args.write_pool)) return refuse(args, w);
-    }
+    n.read_slot = load_number(args.read_slots, w.sequence, column, args.initial_state.data != nullptr);
+    n.write_slot = load_number(args.write_slots, w.sequence, 0, args.final_state.data != nullptr);
   }
+  return n;
+}
+
+/// The sequence may start from `read`, as far as that alone tells: reading it is harmless.
+KDA_DEVICE bool is_readable(const KernelArgs& args, const Numbers& n, i64 read) {
+  if (args.initial_state.data == nullptr || n.accepted < 1) return false;
+  return !Config::pool || !(is_padding(args, read) || outside(read, args.read_pool));
+}
+
+KDA_DEVICE Places find_places(const KernelArgs& args, const Work& w, const Numbers& n) {
+  const bool reads = args.initial_state.data != nullptr, writes = args.final_state.data != nullptr;
+  Places p{n.read(args, w), writes ? n.write(args, w) : kNowhere, n.accepted, true};
+  bool idle = false, refused = false;
+  if constexpr (Config::pool || Config::replay)
+    if (args.accepted.data != nullptr) {
+      const i64 most = Config::replay ? w.end - w.begin : args.read_slots.columns;
+      idle = n.accepted == 0;
+      refused = n.accepted < 0 || n.accepted > most;
+    }
+  if constexpr (Config::tree) refused = refused || (!idle && !is_tree(args, w));
+  if constexpr (Config::pool) {
+    const bool skips_write = writes && is_padding(args, p.write);
+    idle = idle || (!refused && (reads ? is_padding(args, p.read) : skips_write));
+    refused = refused || (reads && outside(p.read, args.read_pool));
+    if (skips_write) p.write = kNowhere;
+    if constexpr (Config::every_state)
+      refused = refused || (!idle && writes && writes_outside(args, w, p.read));
+    else
+      refused = refused || (writes && !skips_write && outside(p.write, args.write_pool));
+  }
+  p.runs = !idle && !refused;
+  if (refused && !idle) raise_error(args, w);
   return p;
 }
 

@@ -1,77 +1,87 @@
 #pragma once
-// States between memory and the registers of a warp.
-#include "recurrent/work.cuh"
+// States between memory and the registers of a warp, in groups of four elements: along K in [V,K], along V in
+// [K,V].
+#include "recurrent/places.cuh"
 
 namespace kda {
+
+static_assert(Config::state_v_k || kRows % 4 == 0, "[K,V] has groups of four rows");
+constexpr int kStateGroups = kRows * kChannels / 4; ///< of a lane
+
+/// A lane's part of a state as it lies in memory: converting would wait for the loads.
+struct LoadedState {
+  Raw4<State> x[kStateGroups];
+};
+
+/// Element `n` of group `i`. [V,K] has the groups of a lane's first row first, [K,V] those of its first four
+/// rows.
+template <class T>
+KDA_DEVICE T& element(T (&state)[kRows][kChannels], int i, int n) {
+  if constexpr (Config::state_v_k) return state[i / Spread::groups][i % Spread::groups * 4 + n];
+  return state[i / kChannels * 4 + n][i % kChannels];
+}
+/// Where group `i` lies in the matrix, and whether the matrix has it.
+KDA_DEVICE int group_offset(const Work& w, int i) {
+  if constexpr (Config::state_v_k)
+    return (w.row + i / Spread::groups) * Config::K + Spread::channel(w.lane, i % Spread::groups);
+  const int c = i % kChannels;
+  return (Spread::channel(w.lane, c / 4) + c % 4) * Config::V + w.row + i / kChannels * 4;
+}
+KDA_DEVICE bool has_group(const Work& w, int i) {
+  if constexpr (Config::state_v_k)
+    return is_row(w.row + i / Spread::groups) && Spread::valid(w.lane, i % Spread::groups);
+  return is_row(w.row + i / kChannels * 4) && Spread::valid(w.lane, i % kChannels / 4);
+}
 
 KDA_DEVICE i64 state_offset(const StateTensor& state, i64 place, const Work& w) {
   return place * state.stride_sequence + w.value_head * state.stride_head;
 }
 
-KDA_DEVICE void load_state(const StateTensor& tensor, i64 place, const Work& w,
-                           float (&state)[kRows][kChannels]) {
-  const State* base = static_cast<const State*>(tensor.data);
-  const bool present = base != nullptr;
-  if (present) base += state_offset(tensor, place, w);
+/// Zeros where there is no state to start from.
+KDA_DEVICE LoadedState load_state(const KernelArgs& args, i64 place, const Work& w, bool present) {
+  const StateTensor& tensor = args.initial_state;
+  LoadedState loaded = {};
+  if (!present) return loaded;
+  const State* const base = static_cast<const State*>(tensor.data) + state_offset(tensor, place, w);
 #pragma unroll
-  for (int j = 0; j < Spread::groups; ++j) {
-    const int channel = Spread::channel(w.lane, j);
-    const bool valid = present && Spread::valid(w.lane, j);
-    if constexpr (Config::state_v_k) {
+  for (int i = 0; i < kStateGroups; ++i) {
+    if (!has_group(w, i)) continue;
+    const auto* const from = reinterpret_cast<const Raw4<State>*>(base + group_offset(w, i));
+    if constexpr (Config::streaming)
+      loaded.x[i] = load_streaming(from);
+    else
+      loaded.x[i] = *from;
+  }
+  return loaded;
+}
+
+KDA_DEVICE void widen_state(const LoadedState& loaded, float (&state)[kRows][kChannels]) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        widen<State>(load_raw(base + (w.row + r) * Config::K + channel, valid && w.row + r < Config::V),
-                     state[r] + 4 * j);
-    } else if constexpr (kRows % 4 == 0) {
+  for (int i = 0; i < kStateGroups; ++i) {
+    float x[4];
+    widen<State>(loaded.x[i], x);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int r = 0; r < kRows; r += 4) {
-          float x[4];
-          widen<State>(load_raw(base + (channel + i) * Config::V + w.row + r, valid && w.row + r < Config::V),
-                       x);
-#pragma unroll
-          for (int n = 0; n < 4; ++n)
-            state[r + n][4 * j + i] = x[n];
-        }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-          state[r][4 * j + i] =
-              valid && w.row + r < Config::V ? to_float(base[(channel + i) * Config::V + w.row + r]) : 0.f;
-    }
+    for (int n = 0; n < 4; ++n)
+      element(state, i, n) = x[n];
   }
 }
 
-KDA_DEVICE void store_state(const StateTensor& tensor, i64 place, const Work& w,
+KDA_DEVICE void store_state(const KernelArgs& args, i64 place, const Work& w,
                             const float (&state)[kRows][kChannels]) {
-  if (tensor.data == nullptr || place == kNowhere) return;
-  State* base = static_cast<State*>(tensor.data) + state_offset(tensor, place, w);
+  const StateTensor& tensor = args.final_state;
+  State* const base = static_cast<State*>(tensor.data) + state_offset(tensor, place, w);
 #pragma unroll
-  for (int j = 0; j < Spread::groups; ++j) {
-    if (!Spread::valid(w.lane, j)) continue;
-    const int channel = Spread::channel(w.lane, j);
+  for (int i = 0; i < kStateGroups; ++i) {
+    if (!has_group(w, i)) continue;
+    float x[4];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (w.row + r >= Config::V) continue;
-      if constexpr (Config::state_v_k) {
-        store4(base + (w.row + r) * Config::K + channel, state[r] + 4 * j);
-      } else if constexpr (kRows % 4 == 0) {
-        if (r % 4 != 0) continue;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float x[4] = {state[r][4 * j + i], state[r + 1][4 * j + i], state[r + 2][4 * j + i],
-                              state[r + 3][4 * j + i]};
-          store4(base + (channel + i) * Config::V + w.row + r, x);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          base[(channel + i) * Config::V + w.row + r] = from_float<State>(state[r][4 * j + i]);
-      }
-    }
+    for (int n = 0; n < 4; ++n)
+      x[n] = element(state, i, n);
+    auto* const to = reinterpret_cast<Raw4<State>*>(base + group_offset(w, i));
+    if constexpr (Config::streaming)
+      store_streaming(to, pack4<State>(x));
+    else
+      *to = pack4<State>(x);
   }
 }
 
@@ -81,7 +91,7 @@ KDA_DEVICE void apply_update(const Work& w, const float (&k)[kChannels], const f
                              const float* u, float (&state)[kRows][kChannels]) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const float row_u = w.row + r < Config::V ? u[w.row + r] : 0.f;
+    const float row_u = is_row(w.row + r) ? u[w.row + r] : 0.f;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
       state[r][c] *= decay[c];

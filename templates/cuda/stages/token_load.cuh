@@ -39,21 +39,29 @@ KDA_DEVICE void widen(Word4 raw, float* x) {
     x[i] = bits_float(raw.w[i]);
 }
 template <class T>
-KDA_DEVICE void store4(T* p, const float* x) {
-  *reinterpret_cast<Word2*>(p) = Word2{{pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3])}};
+KDA_DEVICE Raw4<T> pack4(const float* x) {
+  return Word2{{pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3])}};
 }
 template <>
-KDA_DEVICE void store4<float>(float* p, const float* x) {
-  *reinterpret_cast<Word4*>(p) =
-      Word4{{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])}};
+KDA_DEVICE Raw4<float> pack4<float>(const float* x) {
+  return Word4{{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])}};
+}
+template <class T>
+KDA_DEVICE void store4(T* p, const float* x) {
+  *reinterpret_cast<Raw4<T>*>(p) = pack4<T>(x);
 }
 
 /// How a warp spreads rows of `dim` elements over its lanes: `lanes` lanes share a row, each with `groups`
 /// groups of four; the warp works on `rows` rows at a time. Lanes past the end of a row hold zeros.
-template <int dim>
+/// `lanes_wanted` 0: as many as have something to hold.
+template <int dim, int lanes_wanted = 0>
 struct RowSpread {
   static constexpr int row_groups = dim / 4;
-  static constexpr int lanes = row_groups > 16 ? 32 : row_groups > 8 ? 16 : row_groups > 4 ? 8 : 4;
+  static constexpr int lanes = lanes_wanted != 0 ? lanes_wanted
+                               : row_groups > 16 ? 32
+                               : row_groups > 8  ? 16
+                               : row_groups > 4  ? 8
+                                                 : 4;
   static constexpr int groups = (row_groups + lanes - 1) / lanes;
   static constexpr int elements = 4 * groups; ///< of one lane
   static constexpr int rows = 32 / lanes;
@@ -65,9 +73,9 @@ struct RowSpread {
 };
 
 /// This lane's part of a contiguous row of `dim` elements.
-template <int dim, class T>
-KDA_DEVICE void load_row(const T* row, int lane, float (&x)[RowSpread<dim>::elements]) {
-  using Spread = RowSpread<dim>;
+template <int dim, int lanes = 0, class T>
+KDA_DEVICE void load_row(const T* row, int lane, float (&x)[RowSpread<dim, lanes>::elements]) {
+  using Spread = RowSpread<dim, lanes>;
 #pragma unroll
   for (int j = 0; j < Spread::groups; ++j)
     widen<T>(load_raw(row + Spread::channel(lane, j), Spread::valid(lane, j)), x + 4 * j);

@@ -199,11 +199,23 @@ KDA_DEVICE float warp_sum(float x) {
   return x;
 }
 
+KDA_DEVICE Word2 load_streaming(const Word2* p) {
+  return *p;
+}
 KDA_DEVICE Word4 load_streaming(const Word4* p) {
   return *p;
+}
+KDA_DEVICE void store_streaming(Word2* p, Word2 v) {
+  *p = v;
 }
 KDA_DEVICE void store_streaming(Word4* p, Word4 v) {
   *p = v;
 }
+KDA_DEVICE u32 hide(u32 x) {
+  return x;
+}
+/// Launches run one after the other here.
+KDA_DEVICE void wait_for_kernel_before() {}
+KDA_DEVICE void start_kernel_behind() {}
 
 } // namespace kda
