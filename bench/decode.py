@@ -13,9 +13,10 @@ as after a projection. Peers get the states as one tensor, which is the best cas
 """
 
 import argparse
-import concurrent.futures
 import importlib
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -228,11 +229,34 @@ def every_variant():
                     yield f"token c={chunk} sw=4 r={rows} st=1{lanes}{streaming} pdl=1"
 
 
+def variants_of(options):
+    return list(every_variant()) if options.variants == "all" else list(filter(None, options.variants.split(";")))
+
+
+def compile_one(job):
+    problem, sizes, variant = job
+    try:
+        kda_jit.Engine(tune="off").prepare(problem, DEVICE, sizes, variant)
+    except kda_jit.KdaError:
+        pass  # said where it is measured
+
+
+def compile_all(shapes, options):
+    """Into the cache on disk, by many processes: a compiler compiles one kernel at a time. Before this process uses the GPU."""
+    jobs = [(s.problem(), (s.batch, s.tokens, s.batch), variant) for s in shapes for variant in [None] + variants_of(options)]
+    jobs += [(s.problem(operation="recurrent", updates=True), (s.batch, s.tokens, s.batch), None) for s in shapes if s.policy == "replay"]
+    unique = {}
+    for problem, sizes, variant in jobs:
+        unique.setdefault((str(problem), variant, sizes if variant is None else None), (problem, sizes, variant))
+    with multiprocessing.get_context("fork").Pool(min(16, os.cpu_count())) as pool:
+        pool.map(compile_one, unique.values(), chunksize=1)
+
+
 def measure(engine, s, peers, options, copy_gbs):
     data, floor_us = Data(s), s.bytes / copy_gbs / 1e3
     row = dict(shape=s.name(), batch=s.batch, tokens=s.tokens, state=s.state, layout=s.layout, policy=s.policy, calls=s.count,
                rotated_mb=s.rotated_mb, copy_us=round(floor_us, 2), ours=[], peers={})
-    variants = list(every_variant()) if options.variants == "all" else list(filter(None, options.variants.split(";")))
+    variants = variants_of(options)
 
     def prepare(variant):
         try:
@@ -240,9 +264,8 @@ def measure(engine, s, peers, options, copy_gbs):
         except kda_jit.KdaError as error:
             return str(error).splitlines()[0]
 
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        kernels = list(pool.map(prepare, [None] + variants))
-    for variant, kernel in zip([None] + variants, kernels):
+    for variant in [None] + variants:
+        kernel = prepare(variant)
         if isinstance(kernel, str):
             if variant is None or options.variants != "all":
                 row["ours"].append(dict(variant=variant or "the choice", error=kernel, right=False))
@@ -296,6 +319,10 @@ def main():
         parser.error("--rotate below 150 MB lets L2 hold part of the states")
 
     began, peers = time.monotonic(), {}
+    shapes = [Shape(options, int(batch), int(tokens), state, layout, policy)
+              for state in options.states.split(",") for layout in options.layouts.split(",")
+              for tokens, policy in (row.split(":") for row in options.rows.split(",")) for batch in options.batches.split(",")]
+    compile_all(shapes, options)
     for name, (module, function) in {} if options.no_peers else PEERS.items():
         try:
             peers[name] = getattr(importlib.import_module(module), function)
@@ -310,9 +337,6 @@ def main():
                   heads=options.heads, dim=options.dim, gate="bounded -5",
                   method="CUDA graph of calls on rotated slots, median over replays, spread = p90 - p10", rows=[], left_out=[])
     engine = kda_jit.Engine(tune=options.tune)
-    shapes = [Shape(options, int(batch), int(tokens), state, layout, policy)
-              for state in options.states.split(",") for layout in options.layouts.split(",")
-              for tokens, policy in (row.split(":") for row in options.rows.split(",")) for batch in options.batches.split(",")]
     for s in shapes:
         if options.seconds and time.monotonic() - began > options.seconds:
             report["left_out"].append(s.name())
