@@ -207,7 +207,9 @@ public:
   [[nodiscard]] Result<std::size_t> workspace_bytes(const Sizes&) const;
   /// Checks shapes, dtypes, strides and alignment, then launches into `stream` (a CUstream; ignored on the
   /// host, where the call is complete on return). Allocates nothing on success, does not synchronise, may be
-  /// captured into a CUDA graph. `workspace` is 256-byte aligned and on the device.
+  /// captured into a CUDA graph. `workspace` is 256-byte aligned and on the device. A decode kernel may be
+  /// launched while the kernel before it in the stream ends (programmatic dependent launch); before it reads
+  /// anything it waits for that one itself.
   Status execute(const Args&, void* workspace, std::size_t workspace_bytes, void* stream = nullptr) const;
   [[nodiscard]] const KernelInfo& info() const;
   [[nodiscard]] const Problem& problem() const;
