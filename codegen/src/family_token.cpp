@@ -68,6 +68,8 @@ std::string reject(const Problem& p, const Target& t, const Variant& v) {
   if (v.chunk > 0 && tiles_of(p, v) % v.scan_warps != 0)
     return fmt::format("{} tiles of rows do not fill CTAs of {} warps, which wait for each other",
                        tiles_of(p, v), v.scan_warps);
+  if (v.chunk > 0 && v.chunk < v.scan_warps)
+    return fmt::format("{} tokens are too few for {} warps to prepare", v.chunk, v.scan_warps);
   if (v.chunk > 0 && p.tree) return "a tree reads the tokens on a path again: there is nothing to share";
   if (v.chunk > 0 && shared_bytes(p, v) > t.max_shared_bytes)
     return fmt::format("{} prepared tokens need {} bytes of shared memory", v.chunk, shared_bytes(p, v));

@@ -19,6 +19,8 @@ using Beta = Config::Beta;
 // turn; 0: each warp prepares every token for itself, K spread as in the state.
 constexpr bool kShared = Config::chunk > 0;
 static_assert(!kShared || kTiles % Config::scan_warps == 0, "every warp of a CTA comes to its barriers");
+static_assert(!kShared || Config::chunk >= Config::scan_warps,
+              "every warp has a token's place to begin with");
 using TokenSpread = RowSpread<Config::K, kShared ? 0 : Config::lanes>;
 constexpr int kTokenChannels = TokenSpread::elements;
 constexpr int kCtaRows = Config::scan_warps * Config::rows;
