@@ -245,6 +245,21 @@ TEST_CASE("a launch overlaps the kernel before it where it asks to and the drive
     }
 }
 
+TEST_CASE("how one candidate is launched does not stay with the next") {
+  const auto b = backend();
+  const auto [unit, image] = kernel();
+  const auto overlapping = b->load(unit, image).value(), plain = b->load(unit, image).value();
+  calls.all.clear();
+  Launch overlap;
+  overlap.overlap = true;
+  for (int i = 0; i < 3; ++i) {
+    REQUIRE(overlapping->launch(overlap, KernelArgs{}, handle(9)));
+    REQUIRE(plain->launch({}, KernelArgs{}, handle(9)));
+  }
+  for (std::size_t i = 0; i < 6; ++i)
+    CHECK(calls.names()[i] == (i % 2 == 0 ? "overlapping launch" : "launch"));
+}
+
 TEST_CASE("no copy, wait or sample touches the default stream, which other captures forbid") {
   const auto b = backend();
   std::byte bytes[4]{};
