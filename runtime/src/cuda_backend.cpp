@@ -1,6 +1,7 @@
 #include "cuda_backend.h"
 #include <array>
 #include <fmt/format.h>
+#include <future>
 #include <mutex>
 
 namespace kda {
@@ -132,15 +133,8 @@ public:
     target_.max_shared_bytes = attribute(CudaDriver::kSharedOptin);
     target_.shared_bytes_per_sm = attribute(CudaDriver::kSharedPerSm);
     target_.registers_per_sm = attribute(CudaDriver::kRegistersPerSm);
-    if (Status ok = d_->check(d_->primary_retain(&context_, device_), "cuDevicePrimaryCtxRetain"); !ok)
-      return ok;
-    // Streams of our own, that wait for no other: the default stream would break a capture of a blocking
-    // stream.
-    const BesideCaptures current(*d_, context_);
-    for (CudaDriver::Handle* stream : {&stream_, &copies_})
-      if (Status ok = d_->check(d_->stream_create(stream, CudaDriver::kNonBlockingStream), "cuStreamCreate");
-          !ok)
-        return ok;
+    // A context takes a third of a second, and a compile does not need one: they run side by side.
+    opening_ = std::async(std::launch::async, [this] { return open_context(); }).share();
     return {};
   }
 
@@ -168,6 +162,7 @@ public:
     if (!cubins) return refused(cubins.error().message);
     if (cubins->size() != unit.entries.size())
       return refused(fmt::format("it holds {} kernels of {}", cubins->size(), unit.entries.size()));
+    if (Status ok = opened(); !ok) return tl::unexpected(ok.error());
     const BesideCaptures current(*d_, context_);
     auto module = std::make_shared<CudaModule>(d_, context_);
     for (std::size_t i = 0; i < cubins->size(); ++i)
@@ -177,6 +172,7 @@ public:
   }
 
   [[nodiscard]] Result<void*> allocate(std::size_t bytes) const override {
+    if (Status ok = opened(); !ok) return tl::unexpected(ok.error());
     const BesideCaptures current(*d_, context_);
     CudaDriver::DevicePointer p = 0;
     if (Status ok = d_->check(d_->allocate(&p, std::max<std::size_t>(bytes, 256)), "cuMemAlloc"); !ok)
@@ -189,38 +185,45 @@ public:
     d_->release(reinterpret_cast<CudaDriver::DevicePointer>(p));
   }
   Status copy_to_device(void* to, const void* from, std::size_t bytes) const override {
+    if (Status ok = opened(); !ok) return ok;
     const BesideCaptures current(*d_, context_);
     return finish_copy(
         d_->copy_to_device(reinterpret_cast<CudaDriver::DevicePointer>(to), from, bytes, copies_),
         "cuMemcpyHtoDAsync");
   }
   Status copy_from_device(void* to, const void* from, std::size_t bytes) const override {
+    if (Status ok = opened(); !ok) return ok;
     const BesideCaptures current(*d_, context_);
     return finish_copy(
         d_->copy_to_host(to, reinterpret_cast<CudaDriver::DevicePointer>(from), bytes, copies_),
         "cuMemcpyDtoHAsync");
   }
   Status synchronize() const override {
+    if (Status ok = opened(); !ok) return ok;
     const BesideCaptures current(*d_, context_);
     return d_->check(d_->context_synchronize(), "cuCtxSynchronize");
   }
-  [[nodiscard]] void* stream() const override { return stream_; }
+  [[nodiscard]] void* stream() const override { return opened() ? stream_ : nullptr; }
   Status wait(void* stream) const override {
+    if (Status ok = opened(); !ok) return ok;
     const BesideCaptures current(*d_, context_);
     return d_->check(d_->stream_synchronize(stream), "cuStreamSynchronize");
   }
   [[nodiscard]] bool capturing(void* stream) const override {
+    if (!opened()) return false;
     const CurrentContext current(*d_, context_);
     int status = 0; // the default stream answers with an error while it must not be used
     return d_->stream_is_capturing(stream, &status) != 0 || status != 0;
   }
   Status fill(void* to, std::uint32_t word, std::size_t words, void* stream) const override {
+    if (Status ok = opened(); !ok) return ok;
     const CurrentContext current(*d_, context_);
     return d_->check(d_->fill_words(reinterpret_cast<CudaDriver::DevicePointer>(to), word, words, stream),
                      "cuMemsetD32");
   }
   [[nodiscard]] Result<double> time_us(const std::function<Status(void* stream)>& work,
                                        Replay replay) const override {
+    if (Status ok = opened(); !ok) return tl::unexpected(ok.error());
     const BesideCaptures current(*d_, context_);
     const std::scoped_lock lock(timing_);
     Recorded recorded(*d_);
@@ -279,6 +282,22 @@ private:
     CudaDriver::Handle graph_ = nullptr, executable_ = nullptr;
   };
 
+  Status open_context() {
+    const RelaxedCapture relaxed(*d_);
+    if (Status ok = d_->check(d_->primary_retain(&context_, device_), "cuDevicePrimaryCtxRetain"); !ok)
+      return ok;
+    // Streams of our own, that wait for no other: the default stream would break a capture of a blocking
+    // stream.
+    const CurrentContext current(*d_, context_);
+    for (CudaDriver::Handle* stream : {&stream_, &copies_})
+      if (Status ok = d_->check(d_->stream_create(stream, CudaDriver::kNonBlockingStream), "cuStreamCreate");
+          !ok)
+        return ok;
+    return {};
+  }
+  /// Whether there is a context; waits for it.
+  [[nodiscard]] const Status& opened() const { return opening_.get(); }
+
   Status finish_copy(int code, const char* call) const {
     if (Status ok = d_->check(code, call); !ok) return ok;
     return d_->check(d_->stream_synchronize(copies_), call);
@@ -287,11 +306,12 @@ private:
   std::shared_ptr<const CudaDriver> d_;
   Result<std::shared_ptr<const Nvrtc>> nvrtc_;
   CudaDriver::Device device_ = 0;
-  CudaDriver::Handle context_ = nullptr;
+  CudaDriver::Handle context_ = nullptr;                   ///< this and the streams: once opened
   CudaDriver::Handle stream_ = nullptr, copies_ = nullptr; ///< timed and tuners' work; copies
   mutable std::mutex timing_;                              ///< of stream_ from its first event to its last
   Target target_;
   std::string name_, id_;
+  std::shared_future<Status> opening_; ///< last: waits for its thread before the rest goes
 };
 
 } // namespace

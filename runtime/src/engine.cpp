@@ -125,6 +125,7 @@ std::vector<DeviceInfo> Engine::devices() const {
         info.compiler = *compiler;
       else
         info.problem = compiler.error().message;
+      if (const Status ok = (*backend)->wait((*backend)->stream()); !ok) info.problem = ok.error().message;
     } else {
       info.problem = backend.error().message;
     }
@@ -134,7 +135,8 @@ std::vector<DeviceInfo> Engine::devices() const {
 }
 
 Device Engine::best_device() const {
-  return impl_->backend(Device::cuda(0)) ? Device::cuda(0) : Device::host();
+  const auto gpu = impl_->backend(Device::cuda(0));
+  return gpu && (*gpu)->wait((*gpu)->stream()) ? Device::cuda(0) : Device::host();
 }
 
 Result<Plan> Engine::plan(const Problem& problem, Device device, const Sizes& typical,
