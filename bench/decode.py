@@ -8,7 +8,8 @@ place), `every` (the state after every token, to a table of slots), `updates` (u
 (the state after the accepted tokens, in place). Every row is first checked: one call, o and states against float64 on some heads. Then it
 is timed: one CUDA graph holds calls on different slots, at least --rotate MB of states and at least 1.2 ms in all, so no call finds its
 states in L2; the figure is the median over replays of the time a call. `share` is the time that the device copy, measured in the same
-run, takes for the bytes a call must move, over the figure. Gate: bounded -5; it does not matter for the time. Token inputs stay in L2,
+run, takes for the bytes a call must move, over the figure. The copy is the fastest of the driver's, PyTorch's and one in Triton: on some
+machines the driver's is a fifth slower than the others. Gate: bounded -5; it does not matter for the time. Token inputs stay in L2,
 as after a projection. Peers get the states as one tensor, which is the best case for them, and are not held to update them in place.
 """
 
@@ -29,8 +30,8 @@ DEVICE = "cuda:0"
 STATE_TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 ALLOWED_STATE_ERROR = dict(fp32=1e-6, bf16=2.5e-3, fp16=3e-4)  # fp32 arithmetic and one rounding of the result
 ALLOWED_O_ERROR = 2.5e-3
-PEERS = dict(fla=("fla.ops.kda", "fused_recurrent_kda"), flashinfer=("flashinfer.kda_kernels", "recurrent_kda"),
-             cudnn=("cudnn.fla", "fused_recurrent_kda"))
+PEERS = dict(fla=("fla.ops.kda", "fused_recurrent_kda"), flashinfer=("flashinfer.kda_kernels.recurrent_kda", "run_recurrent_kda"),
+             cudnn=("cudnn.linear_attention.ops", "kimi_delta_attention"))
 # fp32 state in [V,K], H=32, K=V=128, one token: what a prototype without options took on an H100, in us.
 PROTOTYPE_US = {1: 3.5, 8: 12.7, 32: 47.7, 128: 186, 512: 737}
 
@@ -202,18 +203,68 @@ def ours(engine, data, kernel, replays, floor_us):
     return row
 
 
-def peer(call_kda, data, replays, floor_us):
-    """A peer with fla's arguments; it writes new states. Its error is that of the first head."""
-    s, x = data.s, data.x
+def fla(function, s, x, o):
     flags = dict(A_log=x["A_log"], dt_bias=x["dt_bias"].reshape(-1), output_final_state=True, use_qk_l2norm_in_kernel=True,
                  use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, lower_bound=-5.0, state_v_first=s.layout == "v_k")
+    return lambda state: function(x["q"], x["k"], x["v"], x["g"], x["beta"], initial_state=state, **flags)[0]
+
+
+def flashinfer(function, s, x, o):
+    """In place, bf16 states in [V,K], one token."""
+    if (s.tokens, s.state, s.layout) != (1, "bf16", "v_k"):
+        raise ValueError("not among what it has")
+    return lambda state: function(x["q"], x["k"], x["v"], x["g"], x["beta"], x["A_log"], x["dt_bias"].reshape(-1), initial_state=state,
+                                  use_gate_in_kernel=True, lower_bound=-5.0, beta_is_logit=True, output=o)[0]
+
+
+def cudnn(function, s, x, o):
+    """On Hopper it has a prefill only, whose gate, norm and sigmoid the caller computes; that is not counted here."""
+    if s.layout != "v_k":
+        raise ValueError("not among what it has")
+    norm = lambda t: (t.float() * torch.rsqrt((t.float() ** 2).sum(-1, keepdim=True) + 1e-6)).bfloat16().flatten(0, 1)
+    gate = -5 * torch.sigmoid(x["A_log"].exp()[:, None] * (x["g"].float() + x["dt_bias"]))
+    given = norm(x["q"]), norm(x["k"]), x["v"].flatten(0, 1), gate.flatten(0, 1), torch.sigmoid(x["beta"].float()).flatten(0, 1)
+    starts = torch.arange(0, s.batch * s.tokens + 1, s.tokens, dtype=torch.int32, device="cuda")
+    return lambda state: function(*given, starts, initial_state=state, output_final_state=True)[0].view_as(o)
+
+
+def peer(name, function, data, replays, floor_us):
+    """A peer's time; its error is that of the first head."""
+    s, x = data.s, data.x
+    call = globals()[name](function, s, x, torch.empty_like(data.o))
     states = [data.pool[i * s.batch:(i + 1) * s.batch] for i in range(s.count)]
-    run = lambda state: call_kda(x["q"], x["k"], x["v"], x["g"], x["beta"], initial_state=state, **flags)[:2]
-    o, _ = run(states[0])
+    start = states[0][:, 0].transpose(-1, -2) if s.layout == "v_k" else states[0][:, 0]
+    want_o, _ = reference(x, start.clone(), 0)
+    o = call(states[0])
     torch.cuda.synchronize()
-    start = states[0][:, 0]
-    want_o, _ = reference(x, start.transpose(-1, -2) if s.layout == "v_k" else start, 0)
-    return dict(o_error=relative(o[:, :, 0], want_o)) | time_calls([lambda stream, state=state: run(state) for state in states], replays, floor_us)
+    row = dict(o_error=relative(o[:, :, 0], want_o))
+    return row | time_calls([lambda stream, state=state: call(state) for state in states], replays, floor_us)
+
+
+def copy_bandwidth(replays):
+    """GB/s read and written, of every way to copy that is there."""
+    source = torch.empty(1 << 28, dtype=torch.float32, device="cuda").fill_(1)
+    target = torch.empty_like(source)
+    ways = dict(driver=lambda stream: target.copy_(source), pytorch=lambda stream: torch.mul(source, 1.0, out=target))
+    try:
+        import triton
+        import triton.language as tl
+
+        @triton.jit
+        def copy_kernel(source, target, block: tl.constexpr):
+            at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+            tl.store(target + at, tl.load(source + at))
+
+        ways["triton"] = lambda stream: copy_kernel[(source.numel() // 4096,)](source, target, 4096)
+    except ImportError:
+        pass
+    bytes_moved, gbs = 2 * source.numel() * source.element_size(), {}
+    for name, way in ways.items():
+        try:
+            gbs[name] = round(bytes_moved / time_calls([way], replays, 700)["median_us"] / 1e3, 1)
+        except Exception as error:  # Triton without a C compiler
+            print(f"copy of {name}: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+    return gbs
 
 
 def every_variant():
@@ -255,7 +306,7 @@ def compile_all(shapes, options):
 def measure(engine, s, peers, options, copy_gbs):
     data, floor_us = Data(s), s.bytes / copy_gbs / 1e3
     row = dict(shape=s.name(), batch=s.batch, tokens=s.tokens, state=s.state, layout=s.layout, policy=s.policy, calls=s.count,
-               rotated_mb=s.rotated_mb, copy_us=round(floor_us, 2), ours=[], peers={})
+               rotated_mb=s.rotated_mb, copy_us=round(floor_us, 2), ours=[], refused={}, peers={})
     variants = variants_of(options)
 
     def prepare(variant):
@@ -267,15 +318,17 @@ def measure(engine, s, peers, options, copy_gbs):
     for variant in [None] + variants:
         kernel = prepare(variant)
         if isinstance(kernel, str):
-            if variant is None or options.variants != "all":
-                row["ours"].append(dict(variant=variant or "the choice", error=kernel, right=False))
+            if variant is None:
+                row["ours"].append(dict(variant="the choice", error=kernel, right=False))
+            elif options.variants != "all":
+                row["refused"][variant] = kernel
             continue
         row["ours"].append(ours(engine, data, kernel, options.replays, floor_us) | dict(given=variant))
     if s.policy == "last":
         with torch.inference_mode():
             for name, call in peers.items():
                 try:
-                    row["peers"][name] = peer(call, data, options.replays, floor_us)
+                    row["peers"][name] = peer(name, call, data, options.replays, floor_us)
                 except Exception as error:  # what a peer refuses is reported, not hidden
                     row["peers"][name] = dict(error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
     return row
@@ -292,6 +345,7 @@ def print_table(rows):
         beside = " ".join(f"{n} {p.get('median_us', '-')}" for n, p in row["peers"].items())
         wrong = sum(not r["right"] for r in row["ours"])
         note = f" [{best['given']}]" if best is not chosen else ""
+        note += f" {len(row['refused'])} refused" if row["refused"] else ""
         if row["policy"] == "last" and row["tokens"] == 1 and row["state"] == "fp32" and row["layout"] == "v_k" and row["prototype"]:
             note += f" {chosen['median_us'] / row['prototype']:.3f} of the prototype"
         print(f"{row['shape']:30} {chosen['median_us']:9.2f} {chosen['spread_us']:6.2f} {chosen['share']:6.1%} {best['median_us']:9.2f}  "
@@ -328,12 +382,9 @@ def main():
             peers[name] = getattr(importlib.import_module(module), function)
         except Exception as error:  # a peer that is not there is reported, not required
             print(f"{name}: not importable ({error})", file=sys.stderr)
-    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    copy = time_calls([lambda stream: target.copy_(source)], options.replays, 700)["median_us"]
-    copy_gbs = 2 * source.numel() / copy / 1e3
-    del source, target
-    report = dict(card=torch.cuda.get_device_name(), torch=torch.__version__, seed=options.seed, copy_gbs=round(copy_gbs, 1),
+    copies = copy_bandwidth(options.replays)
+    copy_gbs = max(copies.values())
+    report = dict(card=torch.cuda.get_device_name(), torch=torch.__version__, seed=options.seed, copy_gbs=copy_gbs, copies=copies,
                   heads=options.heads, dim=options.dim, gate="bounded -5",
                   method="CUDA graph of calls on rotated slots, median over replays, spread = p90 - p10", rows=[], left_out=[])
     engine = kda_jit.Engine(tune=options.tune)
@@ -347,7 +398,7 @@ def main():
         with open(options.output, "w") as out:
             json.dump(report, out, indent=1)
         torch.cuda.empty_cache()
-    print(f"{report['card']}, copy {copy_gbs:.0f} GB/s, H={options.heads} K=V={options.dim}, {time.monotonic() - began:.0f} s")
+    print(f"{report['card']}, copy {copy_gbs:.0f} GB/s of {copies}, H={options.heads} K=V={options.dim}, {time.monotonic() - began:.0f} s")
     print_table(report["rows"])
     if report["left_out"]:
         print(f"left out for time: {', '.join(report['left_out'])}")
