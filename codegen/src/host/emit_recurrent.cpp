@@ -1,7 +1,7 @@
 // The recurrence token by token on states [K,V], as LLVM IR: V lies along the vectors. An item is a slice of
-// V columns of one head of one sequence, whose state lies in scratch as [K][columns]. Per token one pass over
-// it: the update of the token before, S
-// <- S + k' u, then S <- d S, a = k.S and b = q.S; u = beta (v - a) and o = b + (q.k) u need no second pass.
+// V columns of one head of one sequence, whose state lies in scratch as [K][columns] from the first token on.
+// Per token one pass over it: the update of the token before, S <- S + k' u, then S <- d S, a = k.S and
+// b = q.S; u = beta (v - a) and o = b + (q.k) u need no second pass.
 #include "emit.h"
 #include "recurrence.h"
 #include <algorithm>
@@ -15,7 +15,9 @@ using host::Values;
 
 class Columns : host::Recurrence {
 public:
-  Columns(const Problem& p, const Variant& v, const Target& t) : Recurrence(p, v, t) {}
+  Columns(const Problem& p, const Variant& v, const Target& t)
+      : Recurrence(p, v, t), direct_(p.state_dtype == DType::fp32 && p.value_dim % v.rows == 0 && !p.tree &&
+                                     p.operation != Operation::replay) {}
 
   std::string text() {
     allocate();
@@ -30,13 +32,14 @@ private:
     for (Value* x : {&q_, &gate_, &keys_[0], &keys_[1]})
       *x = zeroed(padded(p_.key_dim));
     v_ = zeroed(columns_);
+    if (direct_) none_ = zeroed(columns_);
     u_ = ir_.scratch(columns_);
   }
   Value state_row(const Value& k) { return ir_.at(state_, "float", ir_.mul(k, i64(columns_))); }
   Token prepare(const Value& t, const Value& k) { return Recurrence::prepare(t, q_, k, gate_, v_); }
 
   void run_sequence(const Value& begin, const Value& end) {
-    load_state();
+    const Lines first = origin(ir_.compare("icmp slt", begin, end));
     load_head();
     zero(keys_[1], padded(p_.key_dim)); // before the first token: no update
     zero(u_, columns_);
@@ -44,8 +47,10 @@ private:
       const Value i = ir_.sub(t, begin);
       if (p_.tree) follow_parent(begin, i, k[0]);
       const Token token = prepare(t, k[0]);
+      const Value fresh = ir_.compare("icmp eq", t, begin);
+      const Lines from{ir_.select(fresh, first.data, state_), ir_.select(fresh, first.step, i64(columns_))};
       for (int c = 0; c < columns_; c += 4 * width_)
-        step(token, k[0], k[1], c, std::min(4 * width_, columns_ - c) / width_);
+        step(token, k[0], k[1], from, c, std::min(4 * width_, columns_ - c) / width_);
       host::store_row(ir_, p_.dtype, o_, output_row(o_rows_, t), valid_);
       if (p_.updates) keep_update(t, k[0]);
       if (p_.every_state) store_state(k[0], place_after(i));
@@ -128,6 +133,22 @@ private:
     return ir_.at(matrix, host::element_type(p_.state_dtype),
                   ir_.add(ir_.mul(k, i64(p_.value_dim)), column_));
   }
+  /// Row d of K begins at data + d * step.
+  struct Lines {
+    Value data, step;
+  };
+  /// Where the first token reads the state: where it lies, if it can, else in scratch.
+  Lines origin(const Value& has_tokens) {
+    const Lines scratch{state_, i64(columns_)};
+    if (!direct_) {
+      load_state();
+      return scratch;
+    }
+    ir_.branch(
+        has_tokens, [] {}, [&] { load_state(); });
+    const Place from = place(offsetof(KernelArgs, initial_state), read_, column_, none_);
+    return {from.data, ir_.select(from.wanted, i64(p_.value_dim), i64(0))};
+  }
   void load_state() {
     zero(state_, static_cast<std::int64_t>(p_.key_dim) * columns_);
     with_state(offsetof(KernelArgs, initial_state), read_, [&](const Value& matrix) {
@@ -143,9 +164,11 @@ private:
       ir_.loop(i64(0), i64(p_.key_dim), 1, [&](const Value& d) {
         const Value key = ir_.splat(ir_.load("float", ir_.at(k, "float", d), 4), width_);
         ir_.loop(i64(0), i64(columns_), width_, [&](const Value& c) {
-          put(ir_.fma(key, vector_at(u_, c), vector_at(state_row(d), c)), state_row(d), c);
+          const Value x = ir_.fma(key, vector_at(u_, c), vector_at(state_row(d), c));
+          if (direct_) ir_.store(x, ir_.at(matrix_row(matrix, d), "float", c), 4);
+          if (!direct_ || p_.every_state) put(x, state_row(d), c);
         });
-        host::store_row(ir_, p_.state_dtype, state_row(d), matrix_row(matrix, d), valid_);
+        if (!direct_) host::store_row(ir_, p_.state_dtype, state_row(d), matrix_row(matrix, d), valid_);
       });
       zero(u_, columns_); // the update is in the state now
     });
@@ -153,8 +176,9 @@ private:
 
   // --- a token ---------------------------------------------------------------------------------------------
   /// `vectors` vectors of columns from `first` on: the update of the last token (`before`, u_), then this
-  /// one.
-  void step(const Token& token, const Value& k, const Value& before, int first, int vectors) {
+  /// one. The state is read from `from` and left in scratch.
+  void step(const Token& token, const Value& k, const Value& before, const Lines& from, int first,
+            int vectors) {
     const auto column = [&](int n) { return i64(first + n * width_); };
     Values u;
     for (int n = 0; n < vectors; ++n)
@@ -172,10 +196,11 @@ private:
                                      const Value key = element(k), q = element(q_), decay = element(gate_),
                                                  last = element(before);
                                      const Value line = state_row(at);
+                                     const Value source = ir_.at(from.data, "float", ir_.mul(at, from.step));
                                      for (std::size_t n = 0; n < many; ++n) {
                                        const Value c = column(static_cast<int>(n));
-                                       const Value x =
-                                           ir_.mul(ir_.fma(last, u[n], vector_at(line, c)), decay);
+                                       const Value s0 = ir_.load(vector_, ir_.at(source, "float", c), 4);
+                                       const Value x = ir_.mul(ir_.fma(last, u[n], s0), decay);
                                        put(x, line, c);
                                        s[n] = ir_.fma(key, x, s[n]);
                                        s[many + n] = ir_.fma(q, x, s[many + n]);
@@ -191,7 +216,8 @@ private:
       put(ir_.fma(qk, next, sums[many + n]), o_, c);
     }
   }
-  Value state_, q_, gate_, keys_[2], v_, u_; // scratch
+  bool direct_; ///< the first token reads the state where it lies, and the last one leaves it there
+  Value state_, none_, q_, gate_, keys_[2], v_, u_; // scratch
 };
 
 } // namespace

@@ -1,10 +1,16 @@
 // The recurrence token by token on states [V,K], as LLVM IR: K lies along the vectors. An item is a slice of
 // V rows of one head of one sequence. Tokens come in blocks: their q, k and decay are prepared once, then a
-// few rows at a time pass through the registers, all tokens of the block over them, and go back. A row needs
-// no other row, so the state is read and written once a block, in place.
+// few rows at a time take all tokens of the block. A row needs no other row, so the state is read and written
+// once a block, in place.
 //
-// Budget, K = 128 in 64-byte vectors, two rows: 16 of 32 registers hold state; a token costs 64 vector
-// operations, 13 for four sums and about 20 for what is scalar. A block's tokens take 24 KiB of the L1 cache.
+// 64-byte vectors: the rows stay in registers. Budget, K = 128, two rows: 16 of 32 registers hold state; a
+// token costs 64 vector operations, 13 for four sums and about 20 for what is scalar. A block's tokens take
+// 24 KiB of the L1 cache.
+//
+// Shorter vectors have 16 registers as a rule, and a row of 128 fills them: four rows stay in the L1 cache,
+// and a token passes over them once, with the update of the token before. Budget, K = 128, 32-byte vectors: 4
+// operations, one load and one store a vector, 16 loads of the token for all four rows, 26 operations for
+// eight sums.
 #include "emit.h"
 #include "recurrence.h"
 #include <algorithm>
@@ -25,7 +31,7 @@ public:
         vectors_((direct_ ? p.key_dim : keys_) / width_), rows_(vectors_ > 8   ? 1
                                                                 : vectors_ > 4 ? 2
                                                                                : 4),
-        block_(p.tree ? kMostTreeTokens : 16) {}
+        in_registers_(width_ == 16 || p.tree), block_(p.tree ? kMostTreeTokens : 16) {}
 
   std::string text() {
     allocate();
@@ -43,9 +49,10 @@ private:
       *x = zeroed(values);
     for (Value* x : {&beta_, &qk_})
       *x = ir_.scratch(block_);
-    none_ = zeroed(keys_);                                          // the state where there is none
-    carry_ = ir_.scratch(std::int64_t{columns_} * keys_);           // between blocks, or the state widened
-    sink_ = ir_.scratch(std::int64_t{rows_} * keys_);               // where no state is kept
+    none_ = zeroed(keys_);                                // the state where there is none
+    carry_ = ir_.scratch(std::int64_t{columns_} * keys_); // between blocks, or the state widened
+    sink_ = ir_.scratch(std::int64_t{rows_} * keys_);     // where no state is kept
+    if (!in_registers_) near_ = ir_.scratch(std::int64_t{kNearRows} * keys_);
     if (p_.every_state || p_.tree) kept_ = ir_.scratch(2 * block_); // pointers by token: where states go
     if (p_.tree) {
       tree_ = ir_.scratch(std::int64_t{rows_} * keys_);
@@ -68,17 +75,8 @@ private:
   }
   Matrix carry() { return {carry_, i64(keys_)}; }
   /// Row 0 of this slice in a tensor, and whether it is there.
-  struct Place {
-    Value wanted, data;
-  };
   Place place(std::size_t offset, const Value& slot) {
-    Value wanted = is_present(offset);
-    if (p_.state_pool) wanted = both(wanted, ir_.compare("icmp ne", slot, i64(kNowhere)));
-    const Value n = ir_.mul(slot, field("i64", offset + offsetof(StateTensor, stride_sequence)));
-    const Value h = ir_.mul(head_, field("i64", offset + offsetof(StateTensor, stride_head)));
-    const Value row = ir_.add(ir_.add(n, h), ir_.mul(column_, i64(p_.key_dim)));
-    const Value data = ir_.select(wanted, field("ptr", offset), none_);
-    return {wanted, ir_.at(data, host::element_type(p_.state_dtype), ir_.select(wanted, row, i64(0)))};
+    return Recurrence::place(offset, slot, ir_.mul(column_, i64(p_.key_dim)), none_);
   }
   /// Where the first block starts from: the state itself, or its rows widened into scratch.
   Matrix origin() {
@@ -125,7 +123,7 @@ private:
   Values load_rows(const Matrix& m, const Value& row) {
     Values s;
     for (int r = 0; r < rows_; ++r) {
-      const Value line = ir_.at(m.data, "float", ir_.mul(ir_.add(row, i64(r)), m.step));
+      const Value line = row_of(m, row, r);
       for (int n = 0; n < vectors_; ++n)
         s.push_back(ir_.load(vector_, ir_.at(line, "float", i64(n * width_)), 4));
     }
@@ -133,7 +131,7 @@ private:
   }
   void store_rows(const Matrix& m, const Value& row, const Values& s) {
     for (int r = 0; r < rows_; ++r) {
-      const Value line = ir_.at(m.data, "float", ir_.mul(ir_.add(row, i64(r)), m.step));
+      const Value line = row_of(m, row, r);
       for (int n = 0; n < vectors_; ++n)
         ir_.store(s[index(r, n)], ir_.at(line, "float", i64(n * width_)), 4);
     }
@@ -156,8 +154,9 @@ private:
       ir_.loop(i64(0), count, 1, [&](const Value& i) { prepare_token(begin, t, i); });
       const Matrix from = choose(ir_.compare("icmp eq", t, begin), first, carry());
       const Matrix to = choose(less(ir_.add(t, i64(block_)), end), carry(), last);
-      ir_.loop(i64(0), valid_, rows_, [&](const Value& row) {
+      ir_.loop(i64(0), valid_, in_registers_ ? rows_ : kNearRows, [&](const Value& row) {
         if (p_.tree) return pass_tree(from, row, count);
+        if (!in_registers_) return pass_near(from, to, row, count);
         const Values s = ir_.loop(i64(0), count, 1, load_rows(from, row),
                                   [&](const Value& i, const Values& before) { return step(row, i, before); });
         store_rows(to, row, s);
@@ -202,12 +201,14 @@ private:
   /// Advances rows from `row` on by token `i` of the block.
   Values step(const Value& row, const Value& i, const Values& before) {
     const Value q = keys_of(q_, i), k = keys_of(k_, i), decay = keys_of(decay_, i);
-    // Two sums of each, of every second vector: the chain of additions is what a token waits for.
+    // Two sums of each, of every second vector: the chain of additions is what a token waits for. A tree has
+    // the bits of plain calls, which take one where the rows are near.
+    const int chains = width_ == 16 ? 2 : 1;
     Values x(before.size()), sums(sum_a(rows_), zeros()), others = sums;
     for (int n = 0; n < vectors_; ++n) {
       const Value at = i64(n * width_);
       const Value query = vector_at(q, at), key = vector_at(k, at), d = vector_at(decay, at);
-      Values& into = n % 2 == 0 ? sums : others;
+      Values& into = n % chains == 0 ? sums : others;
       for (int r = 0; r < rows_; ++r) {
         Value &a = into[sum_a(r)], &b = into[sum_b(r)];
         x[index(r, n)] = ir_.mul(before[index(r, n)], d);
@@ -215,19 +216,27 @@ private:
         b = ir_.fma(query, x[index(r, n)], b);
       }
     }
-    for (std::size_t n = 0; n < sums.size() && vectors_ > 1; ++n)
+    for (std::size_t n = 0; n < sums.size() && vectors_ > 1 && chains == 2; ++n)
       sums[n] = ir_.add(sums[n], others[n]);
+    const Values u = results(row, i, sums);
+    for (int r = 0; r < rows_; ++r)
+      add_update(k, u[static_cast<std::size_t>(r)], r, x);
+    if (p_.every_state) keep_state(row, i, x);
+    return x;
+  }
+  /// u of rows from `row` on, from the vectors of their sums; stores it and o.
+  Values results(const Value& row, const Value& i, const Values& sums) {
     const Values total = horizontal_sums(sums);
     const Value beta = scalar(beta_, i), qk = scalar(qk_, i);
-    for (int r = 0; r < rows_; ++r) {
+    Values all;
+    for (int r = 0; sum_a(r) < sums.size(); ++r) {
       const Value at = ir_.add(ir_.mul(i, i64(columns_)), ir_.add(row, i64(r)));
       const Value u = ir_.mul(beta, ir_.sub(scalar(v_, at), total[sum_a(r)]));
       ir_.store(u, ir_.at(u_, "float", at), 4);
       ir_.store(ir_.fma(qk, u, total[sum_b(r)]), ir_.at(out_, "float", at), 4);
-      add_update(k, u, r, x);
+      all.push_back(u);
     }
-    if (p_.every_state) keep_state(row, i, x);
-    return x;
+    return all;
   }
   /// x <- x + k u in row r.
   void add_update(const Value& k, const Value& u, int r, Values& x) {
@@ -246,6 +255,87 @@ private:
           for (int r = 0; r < rows_; ++r)
             host::store_row(ir_, p_.state_dtype, keys_of(sink_, i64(r)), row_at(to, ir_.add(row, i64(r))),
                             i64(p_.key_dim));
+        },
+        [] {});
+  }
+
+  // --- rows near, in the L1 cache --------------------------------------------------------------------------
+  static constexpr int kNearRows = 4; ///< V is a multiple of it
+  Value near_row(int r, const Value& n) {
+    return ir_.at(near_, "float", ir_.add(i64(std::int64_t{r} * keys_), n));
+  }
+  Value row_of(const Matrix& m, const Value& row, int r) {
+    return ir_.at(m.data, "float", ir_.mul(ir_.add(row, i64(r)), m.step));
+  }
+  /// All tokens of the block over rows from `row` on.
+  void pass_near(const Matrix& from, const Matrix& to, const Value& row, const Value& count) {
+    const auto leave = [&](const Matrix& source, const Value& first, const Values& u, const Value& k) {
+      for (int r = 0; r < kNearRows; ++r)
+        add_row(source, first, row_of(to, row, r), r, u, k);
+    };
+    ir_.branch(
+        ir_.compare("icmp eq", count, i64(0)), [&] { leave(from, row, {}, {}); },
+        [&] {
+          const Values u = ir_.loop(i64(1), count, 1, near_token(from, row, row, i64(0), {}),
+                                    [&](const Value& i, const Values& before) {
+                                      return near_token(near(), i64(0), row, i, before);
+                                    });
+          leave(near(), i64(0), u, keys_of(k_, ir_.sub(count, i64(1))));
+        });
+  }
+  Matrix near() { return {near_, i64(keys_)}; }
+  /// Row `first` + r of `from` with the update u[r] of `k`, if there is one, to `to`.
+  void add_row(const Matrix& from, const Value& first, const Value& to, int r, const Values& u,
+               const Value& k) {
+    const Value source = row_of(from, first, r);
+    ir_.loop(i64(0), i64(vectors_ * width_), width_, [&](const Value& n) {
+      Value x = ir_.load(vector_, ir_.at(source, "float", n), 4);
+      if (!u.empty()) x = ir_.fma(vector_at(k, n), u[static_cast<std::size_t>(r)], x);
+      ir_.store(x, ir_.at(to, "float", n), 4);
+    });
+  }
+  /// Token `i` of the block over the rows of `from` from `first` on, which go near; `before`: what the token
+  /// before leaves to add, in vectors. Returns what this one leaves.
+  Values near_token(const Matrix& from, const Value& first, const Value& row, const Value& i,
+                    const Values& before) {
+    const Value q = keys_of(q_, i), k = keys_of(k_, i), decay = keys_of(decay_, i);
+    const Value last = keys_of(k_, ir_.sub(i, i64(1)));
+    const Values sums =
+        ir_.loop(i64(0), i64(vectors_ * width_), width_, Values(sum_a(kNearRows), zeros()),
+                 [&](const Value& n, const Values& carried) {
+                   Values s = carried;
+                   const Value query = vector_at(q, n), key = vector_at(k, n), d = vector_at(decay, n);
+                   for (int r = 0; r < kNearRows; ++r) {
+                     Value x = ir_.load(vector_, ir_.at(row_of(from, first, r), "float", n), 4);
+                     if (!before.empty())
+                       x = ir_.fma(vector_at(last, n), before[static_cast<std::size_t>(r)], x);
+                     x = ir_.mul(x, d);
+                     ir_.store(x, near_row(r, n), 4 * width_);
+                     s[sum_a(r)] = ir_.fma(key, x, s[sum_a(r)]);
+                     s[sum_b(r)] = ir_.fma(query, x, s[sum_b(r)]);
+                   }
+                   return s;
+                 });
+    Values u;
+    for (const Value& x : results(row, i, sums))
+      u.push_back(ir_.splat(x, width_));
+    if (p_.every_state) keep_near(row, i, u, k);
+    return u;
+  }
+  /// The rows after token `i`, to the slot of that token.
+  void keep_near(const Value& row, const Value& i, const Values& u, const Value& k) {
+    const Value to = ir_.load("ptr", ir_.at(kept_, "ptr", i), 8);
+    ir_.branch(
+        ir_.compare("icmp ne", to, {"ptr", "null"}),
+        [&] {
+          for (int r = 0; r < kNearRows; ++r) {
+            if (direct_) {
+              add_row(near(), i64(0), row_of({to, i64(p_.key_dim)}, row, r), r, u, k);
+              continue;
+            }
+            add_row(near(), i64(0), sink_, r, u, k);
+            host::store_row(ir_, p_.state_dtype, sink_, row_at(to, ir_.add(row, i64(r))), i64(p_.key_dim));
+          }
         },
         [] {});
   }
@@ -356,11 +446,12 @@ private:
   int keys_;    ///< K padded
   bool direct_; ///< rows pass between the state's memory and registers as they are
   int vectors_; ///< of a row
-  int rows_;    ///< that pass together; V is a multiple of it
-  int block_;   ///< tokens
+  int rows_;    ///< that pass together through registers; V is a multiple of it
+  bool in_registers_;
+  int block_;                                     ///< tokens
   static constexpr std::int64_t kContinues = -1;  ///< instead of a path: the parent is the token before
   Value q_, k_, decay_, v_, u_, out_, beta_, qk_; // scratch, by token of the block
-  Value none_, carry_, sink_, kept_, tree_, paths_;
+  Value none_, carry_, sink_, near_, kept_, tree_, paths_;
 };
 
 } // namespace

@@ -248,20 +248,25 @@ protected:
             at(offsetof(KernelArgs, update_k), key_head()), at(offsetof(KernelArgs, update_decay), head_)};
   }
   // --- states ----------------------------------------------------------------------------------------------
-  /// Calls `body` with this head's matrix when the tensor is present and `place` is one of its states.
-  void with_state(std::size_t offset, const Value& place,
-                  const std::function<void(const Value& matrix)>& body) {
-    const Value data = field("ptr", offset);
+  struct Place {
+    Value wanted, data;
+  };
+  /// Element `first` of this head's matrix in slot `slot`, or `none` where there is no such state.
+  Place place(std::size_t offset, const Value& slot, const Value& first, const Value& none) {
     Value wanted = is_present(offset);
-    if (p_.state_pool) wanted = both(wanted, ir_.compare("icmp ne", place, i64(kNowhere)));
+    if (p_.state_pool) wanted = both(wanted, ir_.compare("icmp ne", slot, i64(kNowhere)));
+    const Value n = ir_.mul(slot, field("i64", offset + offsetof(StateTensor, stride_sequence)));
+    const Value h = ir_.mul(head_, field("i64", offset + offsetof(StateTensor, stride_head)));
+    const Value data = ir_.select(wanted, field("ptr", offset), none);
+    const Value element = ir_.select(wanted, ir_.add(ir_.add(n, h), first), i64(0));
+    return {wanted, ir_.at(data, element_type(p_.state_dtype), element)};
+  }
+  /// Calls `body` with this head's matrix where there is one.
+  void with_state(std::size_t offset, const Value& slot,
+                  const std::function<void(const Value& matrix)>& body) {
+    const Place x = place(offset, slot, i64(0), {"ptr", "null"});
     ir_.branch(
-        wanted,
-        [&] {
-          const Value n = ir_.mul(place, field("i64", offset + offsetof(StateTensor, stride_sequence)));
-          const Value h = ir_.mul(head_, field("i64", offset + offsetof(StateTensor, stride_head)));
-          body(ir_.at(data, element_type(p_.state_dtype), ir_.add(n, h)));
-        },
-        [] {});
+        x.wanted, [&] { body(x.data); }, [] {});
   }
   // --- a token ---------------------------------------------------------------------------------------------
   void load_head() {
