@@ -61,19 +61,24 @@ TEST_CASE("host recurrence: every two options together") {
 }
 
 TEST_CASE("host recurrence: every variant, a last slice that is not full, and every vector width") {
-  const test::CaseOptions o = small_case();
-  const test::TestCase c = test::random_case(o);
-  for (const int bytes : {16, 32, 64}) {
-    Target t = backend().target();
-    t.vector_bytes = bytes;
-    for (const Variant& v : variants_of(o.problem)) {
-      CAPTURE(bytes, to_string(v));
-      const auto report = test::run_unit(backend(), emit(o.problem, v, t).value(), c, v);
-      REQUIRE(report);
-      for (const test::TensorReport& x : report->tensors)
-        CHECK(x.error <= test::tolerance(o.problem, v, x.name));
+  test::CaseOptions o = small_case();
+  for (const StateLayout layout : {StateLayout::k_v, StateLayout::v_k})
+    for (const int dim : {44, 128}) { // 128: whole vectors of a state that is not copied
+      o.problem.state_layout = layout;
+      o.problem.key_dim = dim;
+      const test::TestCase c = test::random_case(o);
+      for (const int bytes : {16, 32, 64}) {
+        Target t = backend().target();
+        t.vector_bytes = bytes;
+        for (const Variant& v : variants_of(o.problem)) {
+          CAPTURE(to_string(layout), dim, bytes, to_string(v));
+          const auto report = test::run_unit(backend(), emit(o.problem, v, t).value(), c, v);
+          REQUIRE(report);
+          for (const test::TensorReport& x : report->tensors)
+            CHECK(x.error <= test::tolerance(o.problem, v, x.name));
+        }
+      }
     }
-  }
 }
 
 TEST_CASE("host recurrence: errors do not grow with the length") {
