@@ -32,6 +32,12 @@ public:
   Module& operator=(const Module&) = delete;
   virtual ~Module() = default;
   virtual Status launch(const Launch&, const KernelArgs&, void* stream) const = 0;
+  /// Those of one call, in order.
+  virtual Status launch_all(const LaunchList& list, const KernelArgs& args, void* stream) const {
+    for (int i = 0; i < list.count; ++i)
+      if (Status ok = launch(list.items[static_cast<std::size_t>(i)], args, stream); !ok) return ok;
+    return {};
+  }
 };
 
 class Backend {

@@ -7,19 +7,25 @@
 namespace kda {
 namespace {
 
-/// Makes the device's primary context current for a scope and puts the caller's back.
+/// Makes the device's primary context current for a scope and puts the caller's back. Where it is current
+/// already, as in a thread of PyTorch, that costs one look.
 class CurrentContext {
 public:
-  CurrentContext(const CudaDriver& d, CudaDriver::Handle context) : d_(d) { d_.context_push(context); }
+  CurrentContext(const CudaDriver& d, CudaDriver::Handle context) : d_(d) {
+    CudaDriver::Handle current = nullptr;
+    pushed_ = d_.context_current(&current) != 0 || current != context;
+    if (pushed_) d_.context_push(context);
+  }
   ~CurrentContext() {
     CudaDriver::Handle ignored = nullptr;
-    d_.context_pop(&ignored);
+    if (pushed_) d_.context_pop(&ignored);
   }
   CurrentContext(const CurrentContext&) = delete;
   CurrentContext& operator=(const CurrentContext&) = delete;
 
 private:
   const CudaDriver& d_;
+  bool pushed_;
 };
 
 /// For work that a capture forbids: allocating, loading, waiting. In a scope of relaxed mode this thread may
@@ -79,6 +85,17 @@ public:
 
   Status launch(const Launch& l, const KernelArgs& args, void* stream) const override {
     const CurrentContext current(*d_, context_);
+    return launch_current(l, args, stream);
+  }
+  Status launch_all(const LaunchList& list, const KernelArgs& args, void* stream) const override {
+    const CurrentContext current(*d_, context_);
+    for (int i = 0; i < list.count; ++i)
+      if (Status ok = launch_current(list.items[static_cast<std::size_t>(i)], args, stream); !ok) return ok;
+    return {};
+  }
+
+private:
+  Status launch_current(const Launch& l, const KernelArgs& args, void* stream) const {
     std::array<void*, 1> parameters{const_cast<KernelArgs*>(&args)};
     CudaDriver::LaunchAttribute overlap;
     overlap.id = CudaDriver::kStreamSerialization;
@@ -95,7 +112,6 @@ public:
     return code == 0 ? Status{} : d_->check(code, "cuLaunchKernelEx");
   }
 
-private:
   std::shared_ptr<const CudaDriver> d_;
   CudaDriver::Handle context_;
   std::vector<CudaDriver::Handle> libraries_, functions_;

@@ -24,6 +24,7 @@ Result<std::shared_ptr<const CudaDriver>> CudaDriver::open() {
   load(d->device_uuid, "cuDeviceGetUuid_v2");
   load(d->device_attribute, "cuDeviceGetAttribute");
   load(d->primary_retain, "cuDevicePrimaryCtxRetain");
+  load(d->context_current, "cuCtxGetCurrent");
   load(d->context_push, "cuCtxPushCurrent_v2");
   load(d->context_pop, "cuCtxPopCurrent_v2");
   load(d->context_synchronize, "cuCtxSynchronize");

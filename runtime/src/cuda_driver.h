@@ -34,6 +34,7 @@ struct CudaDriver {
   int (*device_uuid)(unsigned char*, Device) = nullptr; ///< 16 bytes; of the MIG slice where there is one
   int (*device_attribute)(int*, int, Device) = nullptr;
   int (*primary_retain)(Handle*, Device) = nullptr;
+  int (*context_current)(Handle*) = nullptr;
   int (*context_push)(Handle) = nullptr;
   int (*context_pop)(Handle*) = nullptr;
   int (*context_synchronize)() = nullptr;

@@ -33,9 +33,7 @@ Status launch_all(const Backend& backend, const Module& module, const Problem& p
                               "grid has {}; split the call",
                               s.batch * s.tokens, s.sequences, p.value_heads,
                               list.items[static_cast<std::size_t>(i)].ctas, kMostCtas));
-  for (int i = 0; i < list.count; ++i)
-    if (Status ok = module.launch(list.items[static_cast<std::size_t>(i)], args, stream); !ok) return ok;
-  return {};
+  return module.launch_all(list, args, stream);
 }
 
 // ---- Plan

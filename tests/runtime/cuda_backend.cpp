@@ -18,9 +18,9 @@ struct Calls {
     void* stream;
   };
   std::vector<Call> all;
-  int mode = 0;
-  int depth = 0;     ///< contexts pushed
-  int capturing = 0; ///< what cuStreamIsCapturing answers
+  static thread_local int mode;
+  static thread_local int depth; ///< contexts pushed
+  int capturing = 0;             ///< what cuStreamIsCapturing answers
   int begun = 0, graphs = 0, executables = 0, events = 0;
   std::map<std::string, int> errors; ///< what a call answers; 0 if not given
 
@@ -36,6 +36,8 @@ struct Calls {
     return list;
   }
 } calls;
+thread_local int Calls::mode = 0;
+thread_local int Calls::depth = 0;
 
 using Handle = CudaDriver::Handle;
 Handle handle(std::uintptr_t n) {
@@ -70,6 +72,10 @@ std::shared_ptr<CudaDriver> driver() {
   };
   d->primary_retain = [](Handle* context, int) {
     *context = handle(1);
+    return 0;
+  };
+  d->context_current = [](Handle* context) {
+    *context = calls.depth > 0 ? handle(1) : nullptr;
     return 0;
   };
   d->context_push = [](Handle) {
@@ -179,6 +185,7 @@ std::shared_ptr<CudaDriver> driver() {
 std::shared_ptr<Backend> backend() {
   auto made = make_cuda_backend(driver(), 0, fail(ErrorCode::unavailable, "no NVRTC"));
   REQUIRE(made);
+  REQUIRE((*made)->stream() != nullptr); // its thread has opened the context
   calls.all.clear();
   return *made;
 }
@@ -235,6 +242,7 @@ TEST_CASE("a launch overlaps the kernel before it where it asks to and the drive
       const auto d = driver();
       d->version = version;
       const auto b = make_cuda_backend(d, 0, fail(ErrorCode::unavailable, "no NVRTC")).value();
+      REQUIRE(b->stream() != nullptr); // its thread has opened the context
       const auto module = b->load(unit, image).value();
       calls.all.clear();
       Launch launch;
