@@ -45,16 +45,20 @@ std::string escape(std::string_view text) {
   return out;
 }
 
-/// Horizontal bars: the time of each "ok" row with its spread; a line marks the byte floor.
+/// Horizontal bars: the time of each "ok" row with its spread; a line marks the byte floor. A bar ends, open,
+/// at four times the shortest: what lies beyond would press the others together.
 std::string chart(const TuneReport& report, const std::vector<TuneRow>& rows) {
   constexpr int kRow = 18, kLeft = 260, kWidth = 520;
-  double longest = report.floor_us;
+  constexpr double kMostTimes = 4;
+  double longest = report.floor_us, shortest = 0;
   int count = 0;
   for (const TuneRow& row : rows)
     if (row.status == "ok") {
       longest = std::max(longest, row.median_us + spread_of(row));
+      if (count == 0) shortest = row.median_us; // sorted
       ++count;
     }
+  longest = std::min(longest, std::max(kMostTimes * shortest, report.floor_us));
   if (count == 0 || longest <= 0) return "<p>No candidate was timed.</p>\n";
   const double scale = kWidth / longest;
   std::string svg = fmt::format(
@@ -63,14 +67,20 @@ std::string chart(const TuneReport& report, const std::vector<TuneRow>& rows) {
   int y = 4;
   for (const TuneRow& row : rows) {
     if (row.status != "ok") continue;
-    const double x = row.median_us * scale, half = spread_of(row) * scale / 2;
+    const bool beyond = row.median_us > longest;
+    const double x = std::min(row.median_us, longest) * scale;
+    const double half = beyond ? 0 : spread_of(row) * scale / 2;
     svg += fmt::format(
         "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text><rect class=\"{}\" x=\"{}\" y=\"{}\" "
         "width=\"{:.1f}\" height=\"12\"/><line class=\"spread\" x1=\"{:.1f}\" x2=\"{:.1f}\" y1=\"{}\" "
         "y2=\"{}\"/>"
         "<text x=\"{:.1f}\" y=\"{}\">{:.1f} us</text>\n",
-        kLeft - 8, y + 11, escape(row.variant), row.chosen ? "chosen" : "bar", kLeft, y, x, kLeft + x - half,
-        kLeft + x + half, y + 6, y + 6, kLeft + x + half + 6, y + 11, row.median_us);
+        kLeft - 8, y + 11, escape(row.variant),
+        row.chosen ? "chosen"
+        : beyond   ? "bar beyond"
+                   : "bar",
+        kLeft, y, x, kLeft + x - half, kLeft + x + half, y + 6, y + 6, kLeft + x + half + 6, y + 11,
+        row.median_us);
     y += kRow;
   }
   if (report.floor_us > 0) {
@@ -224,7 +234,8 @@ std::string reports_html(const std::vector<TuneReport>& reports) {
          "sans-serif;fill:#222}\n"
          "table{border-collapse:collapse;margin:1em 0}td,th{padding:2px "
          "10px;text-align:left;border-bottom:1px solid #ddd}\n"
-         "tr.chosen{font-weight:bold}.bar{fill:#9db8d9}.chosen{fill:#2b6cb0}.spread{stroke:#222}"
+         "tr.chosen{font-weight:bold}.bar{fill:#9db8d9}.beyond{opacity:.5}.chosen{fill:#2b6cb0}.spread{"
+         "stroke:#222}"
          ".floor{stroke:#c53030;stroke-dasharray:4 3}\n</style></head>\n<body><h1>kda-jit tuning "
          "report</h1>\n" +
          body + "</body></html>\n";

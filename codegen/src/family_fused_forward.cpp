@@ -59,9 +59,9 @@ WorkspaceLayout buffers(const Problem&, const Variant&, const Sizes&) {
 
 // Fitted to an H100 80GB HBM3 (T = 512 to 8192, N HV = 8 to 1024): 4 % off at most. The CTAs of a wave run
 // side by side, so heads cost nothing until the SMs are used up.
-constexpr double kStepUs = 1.01;     // a chunk, gate bounded by -5
-constexpr double kWideStepUs = 1.45; // a chunk of any other gate
-constexpr double kWaveUs = 14;       // states in and out, and the first chunks on their way
+constexpr double kStepUs = 1.01;    // a chunk, gate bounded by -5
+constexpr double kWideStepUs = 1.2; // a chunk of any other gate
+constexpr double kWaveUs = 14;      // states in and out, and the first chunks on their way
 
 double estimate(const Problem& p, const Variant&, const Target& t, const Sizes& s) {
   const double chunks = std::ceil(static_cast<double>(s.batch * s.tokens) /

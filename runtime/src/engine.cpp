@@ -215,6 +215,7 @@ Result<KernelInfo> Engine::precompile(const Problem& problem, const Variant& var
       *unit, target, (*impl_->nvrtc)->identity(),
       [&](const SourceUnit& u) { return (*impl_->nvrtc)->compile(u); }, info);
   if (!image) return tl::unexpected(image.error());
+  info.shared_bytes = shared_bytes_of(problem, variant, target, info);
   return info;
 }
 

@@ -199,6 +199,14 @@ Result<Image> Engine::Impl::image(const SourceUnit& unit, const Target& target, 
   return image;
 }
 
+int shared_bytes_of(const Problem& p, const Variant& v, const Target& target, const KernelInfo& info) {
+  const LaunchList list = launches(p, v, target, {1, 1024, 1});
+  unsigned most = 0;
+  for (int i = 0; i < list.count; ++i)
+    most = std::max(most, list.items[static_cast<std::size_t>(i)].shared_bytes);
+  return info.shared_bytes + static_cast<int>(most);
+}
+
 Status Engine::Impl::load(const Backend& backend, const SourceUnit& unit, LoadedImage& loaded) {
   const auto compiler = backend.compiler();
   if (!compiler) return tl::unexpected(compiler.error());
@@ -255,6 +263,7 @@ Result<std::shared_ptr<const Kernel::Impl>> Engine::Impl::kernel(const std::shar
   k->info.device = fmt::format("{} ({})", to_string(plan.device), (*device)->name());
   k->info.variant = to_string(plan.variant);
   k->info.choice = plan.choice;
+  k->info.shared_bytes = shared_bytes_of(plan.problem, plan.variant, (*device)->target(), k->info);
   return std::shared_ptr<const Kernel::Impl>(std::move(k));
 }
 

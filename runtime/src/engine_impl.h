@@ -40,6 +40,9 @@ struct LoadedImage {
   KernelInfo info;
 };
 
+/// Of the kernel that asks for most: what the compiler reported, and what a launch adds.
+[[nodiscard]] int shared_bytes_of(const Problem&, const Variant&, const Target&, const KernelInfo&);
+
 struct Engine::Impl {
   explicit Impl(EngineOptions o);
   /// The only way to make one: in a child of fork() it is left behind undestroyed, since joining threads and

@@ -166,7 +166,8 @@ enum class Origin : std::uint8_t { compiled, memory, disk, read_only };
 struct KernelInfo {
   std::string device, variant, choice; ///< choice: "cost model", "tuned", "pinned", "given"
   Origin origin = Origin::compiled;
-  int registers = 0, shared_bytes = 0, spill_bytes = 0; ///< largest over the kernels of the image
+  int registers = 0, shared_bytes = 0,
+      spill_bytes = 0; ///< largest over the kernels; shared: of a launch, in all
   double compile_ms = 0, load_ms = 0;
   std::string key; ///< digest of the cache entry
 };

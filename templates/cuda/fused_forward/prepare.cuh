@@ -17,8 +17,8 @@
 
 namespace kda {
 
-/// Log2 decays below -150 are zero as factors, and as sums would cost digits.
-constexpr float kLeastGate = -150.f * 64.f;
+/// Log2 decays below -150 are zero as factors, and as sums would cost digits: -150 * 64, twice in fp16.
+constexpr u32 kLeastGates = 0xf0b0f0b0u;
 
 /// Constants of a head's gate: log2 decay times 64 = scale * activation(slope * raw + bias); of a bounded
 /// gate, 1 / (scale + scale * 2^(slope * raw + bias)), scale being the inverse.
@@ -33,18 +33,18 @@ struct GateScale {
             : args.lower_bound == 0.f            ? -kFloatMax
                                                  : 1.f / (64.f * kLog2E * args.lower_bound);
   }
-  template <bool kWide>
   KDA_DEVICE float value(float raw, float bias) const {
-    if constexpr (kPrecomputed) return max(scale * raw, kLeastGate);
-    const float y = fma(raw, slope, bias), e = exp2_fast(y);
+    if constexpr (kPrecomputed) return scale * raw;
+    const float y = fma(raw, slope, bias);
     if constexpr (Config::gate == GateKind::softplus) {
-      // log2(1 + e): of small e, 1 + e would lose digits.
+      // log2(1 + e): of small e, 1 + e would lose digits; of large y, it is y. No branches: eight of them a
+      // block made T=8192 of 96 heads take 751 us on an H100 instead of 625.
+      const float e = exp2_fast(min(y, 127.f));
       const float small = e * fma(e, fma(e, kLog2E / 3.f, -kLog2E / 2.f), kLog2E);
-      const float x = y > kSoftplusThreshold * kLog2E ? y : e < 0.03f ? small : log2_fast(1.f + e);
-      return max(scale * x, kLeastGate);
+      return scale * max(select_less(e, 0.03f, small, log2_fast(1.f + e)), y);
     }
-    const float x = rcp_fast(fma(scale, e, scale));
-    return kWide ? max(x, kLeastGate) : x;
+    const float e = exp2_fast(y);
+    return rcp_fast(fma(scale, e, scale));
   }
 };
 
@@ -57,9 +57,10 @@ struct GateBlock {
   KDA_DEVICE void set(const GateScale& gate, const u32 (&raw)[4], const float (&bias)[2]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float x = gate.value<kWide>(low_half<Config::Gate>(raw[i]), bias[i >> 1]);
-      const float y = gate.value<kWide>(high_half<Config::Gate>(raw[i]), bias[i >> 1]);
+      const float x = gate.value(low_half<Config::Gate>(raw[i]), bias[i >> 1]);
+      const float y = gate.value(high_half<Config::Gate>(raw[i]), bias[i >> 1]);
       words[i] = pack2<fp16>(x, y);
+      if constexpr (kWide) words[i] = max_pairs(words[i], kLeastGates);
     }
   }
   /// Clamped to log2 decays of -15.
@@ -149,7 +150,7 @@ struct ChunkMaker {
     load_gates(gates, slot, 0);
 #pragma unroll 1
     for (int half = 0; half < 2; ++half)
-#pragma unroll(kWide ? 1 : 4)
+#pragma unroll(kWide ? 2 : 4)
       for (int b = 0; b < 4; ++b)
         block(place, half, b, k_scale, q_scale, gates, pairs);
     finish(place, pairs);

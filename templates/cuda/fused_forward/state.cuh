@@ -58,6 +58,7 @@ KDA_DEVICE void walk_chunks(const KernelArgs& args, const FusedSpan& span, int h
     mbarrier_wait(place.ready(), place.parity);
     sync_warp();
     const unsigned char* slot = place.data();
+    const u32 operands = matrix_place(slot);
     float r[16]; // columns 0..7, 8..15 of R, then of P
     u32 x[4];
     load_matrix_x4_transposed(x, slot + Slot::v + v_place);
@@ -85,7 +86,8 @@ KDA_DEVICE void walk_chunks(const KernelArgs& args, const FusedSpan& span, int h
     for (int b = 0; b < Config::K / 16; ++b)
       wgmma<StateOperand, 32, false, true>(
           r, a[b],
-          matrix_descriptor(slot + Slot::rows + b / 4 * Slot::rows_half + b % 4 * 32, Swizzle::b128, 1024));
+          matrix_descriptor(operands, Slot::rows + b / 4 * Slot::rows_half + b % 4 * 32, Swizzle::b128,
+                            1024));
     wgmma_commit();
     if (!kScaled && chunk > 0) {
       out.store(true);
@@ -99,7 +101,7 @@ KDA_DEVICE void walk_chunks(const KernelArgs& args, const FusedSpan& span, int h
       u[i] = pack2<StateOperand>(r[2 * i], r[2 * i + 1]);
     float y[8];
     wgmma_fence();
-    wgmma<StateOperand, 16>(y, u, matrix_descriptor(slot + Slot::t, Swizzle::none, 256, 128), false);
+    wgmma<StateOperand, 16>(y, u, matrix_descriptor(operands, Slot::t, Swizzle::none, 256, 128), false);
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll
@@ -108,8 +110,8 @@ KDA_DEVICE void walk_chunks(const KernelArgs& args, const FusedSpan& span, int h
     float o[8];
     wgmma_fence();
     wgmma<StateOperand, Config::K, true>(
-        s, u, matrix_descriptor(slot + Slot::k, Swizzle::b128, 1024, Slot::tile_half));
-    wgmma<StateOperand, 16>(o, u, matrix_descriptor(slot + Slot::m, Swizzle::none, 256, 128), false);
+        s, u, matrix_descriptor(operands, Slot::k, Swizzle::b128, 1024, Slot::tile_half));
+    wgmma<StateOperand, 16>(o, u, matrix_descriptor(operands, Slot::m, Swizzle::none, 256, 128), false);
     wgmma_commit();
     wgmma_wait<0>();
     sync_warp();

@@ -146,6 +146,15 @@ KDA_DEVICE float one_if_equal(float a, float b) {
   return y;
 }
 
+/// a < b ? x : y, both of which are computed: no branch.
+KDA_DEVICE float select_less(float a, float b, float x, float y) {
+  float z;
+  asm("{\n.reg .pred p;\nsetp.lt.f32 p, %1, %2;\nselp.f32 %0, %3, %4, p;\n}"
+      : "=f"(z)
+      : "f"(a), "f"(b), "f"(x), "f"(y));
+  return z;
+}
+
 /// The same value, of which the compiler knows nothing: what a loop computes from it is computed in the loop,
 /// and not held in registers from before.
 KDA_DEVICE u32 hide(u32 x) {

@@ -106,6 +106,9 @@ KDA_DEVICE float max(float a, float b) {
 KDA_DEVICE float one_if_equal(float a, float b) {
   return a == b ? 1.f : 0.f;
 }
+KDA_DEVICE float select_less(float a, float b, float x, float y) {
+  return a < b ? x : y;
+}
 KDA_DEVICE u32 max_pairs(u32 a, u32 b) {
   const float lo = max(low_half<fp16>(a), low_half<fp16>(b)),
               hi = max(high_half<fp16>(a), high_half<fp16>(b));

@@ -15,6 +15,15 @@ KDA_DEVICE u64 matrix_descriptor(const void* shared, Swizzle swizzle, int stride
          static_cast<u64>(static_cast<u32>(swizzle)) << 62;
 }
 
+KDA_DEVICE u32 matrix_place(const void* shared) {
+  return (shared_address(shared) & 0x3ffffu) >> 4;
+}
+KDA_DEVICE u64 matrix_descriptor(u32 place, int offset, Swizzle swizzle, int stride, int leading = 16) {
+  const u32 low = place + (static_cast<u32>(offset) >> 4 | (static_cast<u32>(leading) >> 4 & 0x3fffu) << 16);
+  const u32 high = (static_cast<u32>(stride) >> 4 & 0x3fffu) | static_cast<u32>(swizzle) << 30;
+  return static_cast<u64>(high) << 32 | low;
+}
+
 KDA_DEVICE void wgmma_fence() {
   emulator::current().services->group(emulator::GroupOperation::fence, nullptr);
 }
