@@ -150,7 +150,7 @@ struct ChunkMaker {
     load_gates(gates, slot, 0);
 #pragma unroll 1
     for (int half = 0; half < 2; ++half)
-#pragma unroll(kWide ? 2 : 4)
+#pragma unroll(!kWide ? 4 : Config::gate == GateKind::softplus ? 2 : 1) // as registers allow
       for (int b = 0; b < 4; ++b)
         block(place, half, b, k_scale, q_scale, gates, pairs);
     finish(place, pairs);
