@@ -3,6 +3,7 @@
 #include "decode.h"
 #include "gpu.h"
 #include "pool_cases.h"
+#include "reported_cases.h"
 #include <fmt/format.h>
 
 using namespace kda;
@@ -70,6 +71,46 @@ TEST_CASE("a replay and a tree have the bits of plain calls on the GPU", "[gpu]"
     CHECK(run_replayed_decode(*backend, o, parse_variant("token sw=4 r=8 st=1 pdl=1").value(),
                               parse_variant("token sw=1 r=16 st=1 cs=1 pdl=1").value()) == "");
   }
+}
+
+TEST_CASE("inputs that users reported elsewhere, on the GPU", "[gpu]") {
+  const auto backend = gpu();
+  if (backend == nullptr) return;
+  Turns turns(backend->target());
+  for (const ReportedCase& c : reported_cases(true)) {
+    const Problem& p = c.options.problem;
+    const Variant v = turns.next(p);
+    CAPTURE(c.name, to_string(p), c.options.tokens, to_string(v));
+    const auto report = run_case(*backend, random_case(c.options), v, c.run);
+    if (!report) FAIL(report.error().message << "\n" << report.error().context);
+    for (const TensorReport& t : report->tensors)
+      CHECK(t.error <= tolerance(p, v, t.name));
+  }
+  for (const char* variant : {"token sw=4 r=32 st=1", "token c=4 sw=4 r=16 st=1"})
+    CHECK(run_in_pieces(*backend, parse_variant(variant).value()) == "");
+}
+
+TEST_CASE("slots beyond 2^31 elements on the GPU", "[gpu]") {
+  const auto backend = gpu();
+  if (backend == nullptr) return;
+  for (const StateLayout layout : {StateLayout::k_v, StateLayout::v_k})
+    for (const FarSlot& far : far_slots()) {
+      CAPTURE(to_string(layout), far.heads, far.slot);
+      void* const memory = backend->allocate(far.bytes()).value(); // 10 GB, of which little is touched
+      CHECK(run_far_slot(*backend, parse_variant("token sw=4 r=32 st=1").value(), layout, far, memory) == "");
+      backend->release(memory);
+    }
+}
+
+TEST_CASE("state error on the GPU: 1e-6 after one token, 1e-5 after 4,096", "[gpu]") {
+  const auto backend = gpu();
+  if (backend == nullptr) return;
+  for (const StateLayout layout : {StateLayout::k_v, StateLayout::v_k})
+    for (const char* variant :
+         {"token sw=4 r=16 st=1", "token sw=4 r=16 st=4", "token c=16 sw=4 r=16 st=1"}) {
+      CAPTURE(to_string(layout), variant);
+      CHECK(run_long_decode(*backend, layout, 128, parse_variant(variant).value()) == "");
+    }
 }
 
 TEST_CASE("a replay of a CUDA graph reads slot numbers, accepted counts and padding of its own time",

@@ -29,7 +29,7 @@ struct PoolCall {
   std::int64_t table_stride = 1;              ///< elements from one number of a row to the next
   bool column_major = false;                  ///< tables with columns: sequences are neighbours
   std::int64_t gap = 0;                       ///< bytes behind each slot, a multiple of 16
-  /// fp32, in place, host memory: the pool begins `far_slot` slots of `far_stride` elements behind this, and
+  /// fp32, in place: the pool begins `far_slot` slots of `far_stride` elements behind this, and
   /// so do its numbers.
   float* far_base = nullptr;
   std::int64_t far_slot = 0, far_stride = 0;
@@ -289,7 +289,7 @@ private:
       args_.write_pool = call_.slots + call_.far_slot;
     }
     if (call_.far_base != nullptr) {
-      std::memcpy(far_data(), initial_.data(), initial_.size());
+      if (!backend_.copy_to_device(far_data(), initial_.data(), initial_.size())) std::abort();
       args_.initial_state = args_.final_state = {call_.far_base, call_.far_stride, head};
     }
     constexpr int kBits[] = {0, kSkipNegative, kSkipZero, kSkipNegative | kSkipZero};
@@ -407,15 +407,20 @@ inline std::string run_pool(const Backend& backend, const PoolCall& call, const 
 }
 
 /// States of 128 x 128 in fp32, in place, that lie `slot` slots of `stride` elements behind the pool's first
-/// one. Only the pages that are touched take memory.
+/// one.
 struct FarSlot {
   int heads;
   std::int64_t slot, stride, slots;
   std::vector<std::int64_t> lengths, read, write; ///< packed sequences; slots behind `slot`
   bool every_state = false;
+
+  [[nodiscard]] std::size_t bytes() const {
+    return static_cast<std::size_t>((slot + slots) * stride) * sizeof(float);
+  }
 };
+/// In memory of the device, as many bytes.
 inline std::string run_far_slot(const Backend& backend, const Variant& variant, StateLayout layout,
-                                const FarSlot& far) {
+                                const FarSlot& far, void* memory) {
   PoolCall c;
   Problem& p = c.options.problem;
   p.operation = Operation::recurrent;
@@ -431,13 +436,17 @@ inline std::string run_far_slot(const Backend& backend, const Variant& variant, 
   c.columns = static_cast<std::int64_t>(far.write.size() / far.lengths.size());
   c.far_slot = far.slot;
   c.far_stride = far.stride;
-  const auto bytes = static_cast<std::size_t>((far.slot + far.slots) * far.stride) * sizeof(float);
+  c.far_base = static_cast<float*>(memory);
+  return run_pool(backend, c, variant);
+}
+/// In host memory that a kernel can read; only the pages that are touched exist.
+inline std::string run_far_slot(const Backend& backend, const Variant& variant, StateLayout layout,
+                                const FarSlot& far) {
   void* const map =
-      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      mmap(nullptr, far.bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (map == MAP_FAILED) return "no address space";
-  c.far_base = static_cast<float*>(map);
-  std::string wrong = run_pool(backend, c, variant);
-  munmap(map, bytes);
+  std::string wrong = run_far_slot(backend, variant, layout, far, map);
+  munmap(map, far.bytes());
   return wrong;
 }
 /// 2.4e9 to 2.7e9 elements behind the first one: a slot padded as a server pads it (B15), the states after
