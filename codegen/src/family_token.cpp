@@ -144,10 +144,14 @@ WorkspaceLayout buffers(const Problem&, const Variant&, const Sizes&) {
 
 /// What the pattern of the accesses costs, on an H100, over bytes in order. Streaming pays while states are
 /// few.
-double waste_v_k(const Variant& v, double states) {
+double waste_v_k(const Problem& p, const Variant& v, double states) {
   const double hint = v.streaming == 0 ? 1 : states < 3000 ? 0.985 : 1.01;
-  const double few_warps = states <= 512 || v.rows < 8 ? 1 : v.rows < 16 ? 1.012 : 1.03;
-  return hint * few_warps;
+  if (p.state_dtype != DType::fp32) return hint;
+  // Many short warps are better than few long ones where they are too few to fill the SMs, and where they are
+  // many.
+  if (states < 64) return hint * (v.rows >= 8 ? 1.08 : 1);
+  if (states <= 512) return hint;
+  return hint * (v.rows < 8 ? 1 : v.rows >= 16 ? 1.03 : 1.012);
 }
 /// A warp reads runs along V, of a group of four elements a lane.
 double waste_k_v(const Problem& p, const Spread& spread, const Variant& v, double states) {
@@ -171,7 +175,7 @@ double bytes_of(const Problem& p, const Spread& spread, const Variant& v, const 
                        size_of(p.state_dtype);
   const double states = static_cast<double>(s.sequences) * p.value_heads;
   return tokens * per_token + state * (p.state_layout == StateLayout::k_v ? waste_k_v(p, spread, v, states)
-                                                                          : waste_v_k(v, states));
+                                                                          : waste_v_k(p, v, states));
 }
 
 /// Fitted on an H100 to 18 shapes of 1 to 4,096 tokens: the choice costs 4% over the best variant in the
