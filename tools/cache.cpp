@@ -15,9 +15,31 @@ Result<std::unique_ptr<cache::Store>> open_store() {
   cache::StoreOptions store;
   store.directory = options->cache_directory ? *options->cache_directory : cache::default_directory();
   store.read_only = options->read_only_caches;
+  store.packs = options->cache_packs;
   store.max_bytes = options->cache_max_bytes;
   store.warn = [](const std::string& text) { fmt::print(stderr, "kda-jit: {}\n", text); };
   return std::make_unique<cache::Store>(std::move(store));
+}
+
+struct PackOptions {
+  std::string file;
+  std::vector<std::string> architectures;
+  bool json = false;
+};
+
+nlohmann::json describe(const cache::PackInfo& pack) {
+  nlohmann::json labels;
+  for (const auto& [name, value] : pack.labels)
+    labels[name].push_back(value);
+  return {{"schema", 1},         {"file", pack.file.string()}, {"entries", pack.entries},
+          {"bytes", pack.bytes}, {"digest", pack.digest},      {"labels", labels}};
+}
+
+void print_pack(const cache::PackInfo& pack) {
+  fmt::print("pack      {}\n          {} entries, {} bytes, digest {}\n", pack.file.string(), pack.entries,
+             pack.bytes, pack.digest);
+  for (const auto& [name, value] : pack.labels)
+    if (!value.empty()) fmt::print("          {} {}\n", name, value);
 }
 
 int stat(bool json) {
@@ -26,13 +48,50 @@ int stat(bool json) {
   const cache::StoreStats stats = (*store)->stats();
   const std::string directory = (*store)->directory().string();
   if (json) {
-    const nlohmann::json out{
-        {"schema", 1}, {"directory", directory}, {"entries", stats.entries}, {"bytes", stats.bytes}};
+    nlohmann::json packs = nlohmann::json::array();
+    for (const cache::PackInfo& pack : (*store)->packs())
+      packs.push_back(describe(pack));
+    const nlohmann::json out{{"schema", 1},
+                             {"directory", directory},
+                             {"entries", stats.entries},
+                             {"bytes", stats.bytes},
+                             {"packs", packs}};
     fmt::print("{}\n", out.dump(1));
   } else {
     fmt::print("directory {}\nentries   {}\nbytes     {}\n",
                directory.empty() ? "none (memory only)" : directory, stats.entries, stats.bytes);
+    for (const cache::PackInfo& pack : (*store)->packs())
+      print_pack(pack);
   }
+  return kOk;
+}
+
+int pack(const PackOptions& o) {
+  const auto store = open_store();
+  if (!store) return report_error(store.error());
+  const auto info = (*store)->pack(o.file, {{}, {o.architectures.begin(), o.architectures.end()}});
+  if (!info) return report_error({ErrorCode::io_error, info.error(), {}});
+  if (o.json)
+    fmt::print("{}\n", describe(*info).dump(1));
+  else
+    print_pack(*info);
+  return kOk;
+}
+
+int unpack(const PackOptions& o) {
+  const auto store = open_store();
+  if (!store) return report_error(store.error());
+  const auto report = (*store)->unpack(o.file);
+  if (!report) return report_error({ErrorCode::io_error, report.error(), {}});
+  if (o.json)
+    fmt::print("{}\n", nlohmann::json{{"schema", 1},
+                                      {"directory", (*store)->directory().string()},
+                                      {"added", report->added},
+                                      {"present", report->present}}
+                           .dump(1));
+  else
+    fmt::print("{} entries added, {} were there; directory {}\n", report->added, report->present,
+               (*store)->directory().string());
   return kOk;
 }
 
@@ -92,8 +151,8 @@ void add_cache(CLI::App& app, int& exit) {
   auto* const stat_command = sub->add_subcommand("stat", "Directory, entries and bytes");
   stat_command->add_flag("--json", *json, "JSON on stdout");
   stat_command->callback([json, &exit] { exit = stat(*json); });
-  auto* const verify_command =
-      sub->add_subcommand("verify", "Check every entry; exit code 1 when one is bad");
+  auto* const verify_command = sub->add_subcommand(
+      "verify", "Check every entry, also of the packs in use; exit code 1 when one is bad");
   verify_command->add_flag("--json", *json, "JSON on stdout");
   verify_command->add_flag("--remove", *remove, "remove bad entries");
   verify_command->callback([json, remove, &exit] { exit = verify(*remove, *json); });
@@ -105,6 +164,27 @@ void add_cache(CLI::App& app, int& exit) {
   prune_command->add_flag("--json", *json, "JSON on stdout");
   prune_command->footer("Every publish does this by itself. What was used in the last five minutes stays.");
   prune_command->callback([megabytes, json, &exit] { exit = prune(*megabytes, *json); });
+  auto packing = std::make_shared<PackOptions>();
+  auto* const pack_command = sub->add_subcommand(
+      "pack", "Write what the cache holds into one read-only file, for KDA_JIT_CACHE_PACKS or unpack");
+  pack_command->add_option("file", packing->file, "the file to write, e.g. kernels.kdapack")->required();
+  pack_command
+      ->add_option("--arch", packing->architectures, "only entries of these architectures, comma separated")
+      ->delimiter(',');
+  pack_command->add_flag("--json", packing->json, "JSON on stdout");
+  pack_command->footer(
+      "Damaged entries are left out, with a warning. Equal entries give an equal file; its "
+      "digest covers every byte.\nExit code 1, and no file, when there is nothing to pack or "
+      "it cannot be written.");
+  pack_command->callback([packing, &exit] { exit = pack(*packing); });
+  auto* const unpack_command =
+      sub->add_subcommand("unpack", "Put every entry of a pack into the cache directory");
+  unpack_command->add_option("file", packing->file, "a file that `kda-jit cache pack` wrote")->required();
+  unpack_command->add_flag("--json", packing->json, "JSON on stdout");
+  unpack_command->footer(
+      "The whole pack is verified first: exit code 1, and nothing added, when any of it is "
+      "damaged or of another format.");
+  unpack_command->callback([packing, &exit] { exit = unpack(*packing); });
   sub->add_subcommand("clear", "Remove every entry")->callback([&exit] { exit = clear(); });
 }
 

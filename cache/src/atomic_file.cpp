@@ -17,8 +17,7 @@ tl::expected<AtomicFile, Fault> AtomicFile::create(const std::filesystem::path& 
     // 0666 and the umask, not 0600: a directory that one user fills may be another's read-only layer.
     Fd fd(::open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
     if (fd.valid()) return AtomicFile(std::move(fd), temporary, target);
-    if (errno != EEXIST)
-      return tl::unexpected(io_fault("cannot write the cache entry", target.native(), errno));
+    if (errno != EEXIST) return tl::unexpected(io_fault("cannot write", target.native(), errno));
   }
 }
 
@@ -30,7 +29,7 @@ AtomicFile::~AtomicFile() {
 }
 
 tl::unexpected<Fault> AtomicFile::fault(int error) const {
-  return tl::unexpected(io_fault("cannot write the cache entry", target_.native(), error));
+  return tl::unexpected(io_fault("cannot write", target_.native(), error));
 }
 
 tl::expected<void, Fault> AtomicFile::write(std::string_view bytes) {

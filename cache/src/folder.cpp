@@ -1,6 +1,5 @@
 #include "folder.h"
 #include "atomic_file.h"
-#include "entry.h"
 #include "hash.h"
 #include <cerrno>
 
@@ -72,15 +71,15 @@ tl::expected<void, Fault> Folder::publish(const KeyManifest& key, const Entry& e
   return write_file(path, encode(key.text(), entry));
 }
 
-std::string Folder::examine(const fs::path& file) {
+tl::expected<std::optional<EntryFile>, std::string> Folder::examine(const fs::path& file) {
   auto bytes = read_file(file);
-  if (!bytes) return bytes.error().cause;
-  if (!*bytes) return {}; // removed meanwhile
-  const auto decoded = decode(**bytes);
-  if (!decoded) return decoded.error();
+  if (!bytes) return tl::unexpected(bytes.error().cause);
+  if (!*bytes) return std::nullopt;
+  auto decoded = decode(**bytes);
+  if (!decoded) return tl::unexpected(decoded.error());
   if (hex_digest(decoded->manifest) + std::string(kSuffix) != file.filename().native())
-    return "its name is not the digest of its key";
-  return {};
+    return tl::unexpected<std::string>("its name is not the digest of its key");
+  return *std::move(decoded);
 }
 
 Folder::Listing Folder::list() const {

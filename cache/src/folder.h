@@ -3,6 +3,7 @@
 // (256 folders at most), and "<directory>/v1/lock". The same layout serves the user directory and the
 // read-only ones.
 #include "cache/store.h"
+#include "entry.h"
 #include "fault.h"
 #include <tl/expected.hpp>
 
@@ -23,8 +24,9 @@ public:
   [[nodiscard]] tl::expected<std::optional<Entry>, Fault> load(const KeyManifest& key) const;
   [[nodiscard]] tl::expected<void, Fault> publish(const KeyManifest& key, const Entry& entry) const;
 
-  /// What is wrong with the file of an entry; empty when it is good.
-  [[nodiscard]] static std::string examine(const std::filesystem::path& file);
+  /// What the file of an entry holds, or what is wrong with it; nullopt when there is no such file.
+  [[nodiscard]] static tl::expected<std::optional<EntryFile>, std::string>
+  examine(const std::filesystem::path& file);
   struct Listing {
     std::vector<std::filesystem::path> entries, temporaries;
   };

@@ -1,4 +1,3 @@
-#include "paths.h"
 #include "cache/store.h"
 #include <algorithm>
 #include <array>

@@ -2,6 +2,8 @@
 #include "eviction.h"
 #include "file_lock.h"
 #include "folder.h"
+#include "hash.h"
+#include "pack.h"
 #include <chrono>
 #include <condition_variable>
 #include <fmt/format.h>
@@ -11,11 +13,23 @@
 
 namespace kda::cache {
 namespace fs = std::filesystem;
+namespace {
+
+bool of_arch(std::string_view manifest, const std::set<std::string>& wanted) {
+  if (wanted.empty()) return true;
+  for (const KeyField& field : key_fields(manifest).value_or(std::vector<KeyField>{}))
+    if (field.name == "arch") return wanted.contains(std::string(field.value));
+  return false;
+}
+
+} // namespace
 
 struct Store::Impl {
   StoreOptions options;
   std::optional<Folder> user;
   std::vector<Folder> read_only;
+  std::vector<Pack> packs;
+  std::vector<std::string> unread; // sentences about packs that could not be opened
 
   std::mutex mutex; // guards everything below; never held during disk work or a make
   std::condition_variable idle;
@@ -81,9 +95,8 @@ std::shared_ptr<const Entry> Store::Impl::from_disk(const KeyManifest& key, Sour
     const std::lock_guard lock(mutex);
     if (refused.contains(key.text())) return nullptr;
   }
-  const auto look = [&](const Folder& folder, Source where,
-                        std::int64_t& hits) -> std::shared_ptr<const Entry> {
-    auto loaded = folder.load(key);
+  const auto look = [&](const auto& layer, Source where, std::int64_t& hits) -> std::shared_ptr<const Entry> {
+    auto loaded = layer.load(key);
     const bool corrupt = !loaded && warn(loaded.error());
     const std::lock_guard lock(mutex);
     counts.corrupt += corrupt ? 1 : 0;
@@ -99,6 +112,10 @@ std::shared_ptr<const Entry> Store::Impl::from_disk(const KeyManifest& key, Sour
     }
   for (const Folder& folder : read_only)
     if (auto entry = look(folder, Source::read_only, counts.read_only_hits)) return entry;
+  for (const Pack& pack : packs) {
+    if (auto entry = look(pack, Source::pack, counts.pack_hits)) return entry;
+    if (const auto misfit = pack.misfit(key)) warn(*misfit);
+  }
   return nullptr;
 }
 
@@ -157,6 +174,15 @@ Store::Store(StoreOptions options) : impl_(std::make_unique<Impl>()) {
   impl_->options = std::move(options);
   for (const fs::path& directory : impl_->options.read_only)
     impl_->read_only.emplace_back(directory);
+  for (const fs::path& file : impl_->options.packs) {
+    auto pack = Pack::open(file);
+    if (pack) {
+      impl_->packs.push_back(*std::move(pack));
+      continue;
+    }
+    impl_->unread.push_back(pack.error().sentence);
+    impl_->warn(pack.error());
+  }
   if (impl_->options.directory.empty()) return;
   impl_->user.emplace(impl_->options.directory);
   if (auto made = impl_->user->create(); !made) impl_->warn(made.error());
@@ -227,20 +253,28 @@ StoreStats Store::stats() const {
 
 VerifyReport Store::verify(bool remove_bad) {
   VerifyReport report;
-  if (!impl_->user) return report;
   const auto bad = [&](const fs::path& path, const std::string& why) {
     report.bad.push_back(fmt::format("{}: {}", path.native(), why));
     std::error_code error;
     if (remove_bad && !fs::remove(path, error))
       report.bad.back() += fmt::format(" (cannot remove it: {})", error.message());
   };
+  report.bad = impl_->unread;
+  for (const Pack& pack : impl_->packs)
+    for (std::size_t i = 0; i < pack.info().entries; ++i) {
+      if (const auto file = pack.read(i))
+        ++report.good;
+      else
+        report.bad.push_back(file.error().sentence);
+    }
+  if (!impl_->user) return report;
   const auto listing = impl_->user->list();
   for (const fs::path& path : listing.entries) {
-    const std::string why = Folder::examine(path);
-    if (why.empty())
-      ++report.good;
+    const auto file = Folder::examine(path);
+    if (!file)
+      bad(path, file.error());
     else
-      bad(path, why);
+      report.good += *file ? 1 : 0; // or removed meanwhile
   }
   for (const fs::path& path : listing.temporaries) {
     std::error_code error;
@@ -271,6 +305,89 @@ std::int64_t Store::clear() {
   for (const fs::path& path : listing.temporaries)
     fs::remove(path, error); // a writer that loses its temporary keeps its entry in memory
   return removed;
+}
+
+tl::expected<PackInfo, std::string> Store::pack(const fs::path& file, const PackRequest& request) {
+  std::vector<EntryFile> all;
+  std::set<std::string> seen;
+  const auto wanted = [&](const std::string& digest) {
+    return (request.digests.empty() || request.digests.contains(digest)) && !seen.contains(digest);
+  };
+  const auto take = [&](EntryFile entry) {
+    const std::string digest = hex_digest(entry.manifest);
+    if (!wanted(digest) || !of_arch(entry.manifest, request.arch)) return;
+    seen.insert(digest);
+    all.push_back(std::move(entry));
+  };
+  std::unordered_map<std::string, std::shared_ptr<const Entry>> memory;
+  {
+    const std::lock_guard lock(impl_->mutex);
+    memory = impl_->memory;
+  }
+  for (const auto& [manifest, entry] : memory)
+    if (wanted(hex_digest(manifest))) take({manifest, *entry});
+  std::vector<const Folder*> folders;
+  if (impl_->user) folders.push_back(&*impl_->user);
+  for (const Folder& folder : impl_->read_only)
+    folders.push_back(&folder);
+  for (const Folder* folder : folders)
+    for (const fs::path& path : folder->list().entries) {
+      if (!wanted(path.stem().native())) continue;
+      auto entry = Folder::examine(path);
+      if (!entry)
+        impl_->warn({path.native(), fmt::format("not packed: '{}': {}", path.native(), entry.error())});
+      else if (*entry)
+        take(**std::move(entry));
+    }
+  for (const Pack& pack : impl_->packs)
+    for (std::size_t i = 0; i < pack.info().entries; ++i) {
+      auto entry = pack.read(i);
+      if (entry)
+        take(*std::move(entry));
+      else
+        impl_->warn(entry.error());
+    }
+  if (all.empty()) return tl::unexpected<std::string>("the cache holds no entry that the pack should have");
+  if (all.size() < request.digests.size())
+    return tl::unexpected(fmt::format("the cache holds only {} of the {} entries that the pack should have",
+                                      all.size(), request.digests.size()));
+  auto info = write_pack(file, std::move(all));
+  if (!info) return tl::unexpected(info.error().sentence);
+  return *std::move(info);
+}
+
+tl::expected<UnpackReport, std::string> Store::unpack(const fs::path& file) {
+  if (!impl_->user) return tl::unexpected<std::string>("there is no cache directory to unpack to");
+  const auto pack = Pack::open(file);
+  if (!pack) return tl::unexpected(pack.error().sentence);
+  std::vector<EntryFile> all;
+  for (std::size_t i = 0; i < pack->info().entries; ++i) {
+    auto entry = pack->read(i);
+    if (!entry) return tl::unexpected(entry.error().sentence);
+    all.push_back(*std::move(entry));
+  }
+  if (auto made = impl_->user->create(); !made) return tl::unexpected(made.error().sentence);
+  UnpackReport report;
+  for (const EntryFile& entry : all) {
+    const KeyManifest key(entry.manifest);
+    if (const auto present = impl_->user->load(key); present && *present) {
+      ++report.present;
+      continue;
+    }
+    if (auto done = impl_->user->publish(key, entry.entry); !done)
+      return tl::unexpected(
+          fmt::format("{}; {} entries were added before", done.error().sentence, report.added));
+    ++report.added;
+    impl_->hold_limit(entry.entry.payload.size());
+  }
+  return report;
+}
+
+std::vector<PackInfo> Store::packs() const {
+  std::vector<PackInfo> all;
+  for (const Pack& pack : impl_->packs)
+    all.push_back(pack.info());
+  return all;
 }
 
 fs::path Store::directory() const {

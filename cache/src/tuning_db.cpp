@@ -1,5 +1,5 @@
 #include "cache/tuning_db.h"
-#include "paths.h"
+#include "cache/store.h"
 #include "sqlite.h"
 #include <ctime>
 #include <fmt/chrono.h>

@@ -84,7 +84,52 @@ Status add_includes(const std::string& text, std::set<std::string>& seen, std::v
   return {};
 }
 
+/// The name in `#include "name"`; empty for any other line.
+std::string_view included(std::string_view line) {
+  constexpr std::string_view kDirective = "#include \"";
+  if (line.substr(0, kDirective.size()) != kDirective) return {};
+  line.remove_prefix(kDirective.size());
+  return line.substr(0, line.find('"'));
+}
+
+void flatten_into(std::string& out, const SourceUnit& unit, std::string_view name, std::string_view text,
+                  std::set<std::string_view>& seen) {
+  out += fmt::format("#line 1 \"{}\"\n", name);
+  for (int number = 1; !text.empty(); ++number) {
+    const std::string_view line = text.substr(0, text.find('\n'));
+    text.remove_prefix(std::min(line.size() + 1, text.size()));
+    const std::string_view header = included(line);
+    // Each file stands here once, as #pragma once has it, which means nothing in a main file.
+    if (header.empty()) {
+      out += fmt::format("{}\n", line == "#pragma once" ? "" : line);
+    } else if (const auto file = std::find_if(unit.files.begin(), unit.files.end(),
+                                              [&](const SourceFile& f) { return f.name == header; });
+               file != unit.files.end() && seen.insert(header).second) {
+      flatten_into(out, unit, file->name, file->text, seen);
+      out += fmt::format("#line {} \"{}\"\n", number + 1, name);
+    } else {
+      out += '\n';
+    }
+  }
+}
+
 } // namespace
+
+std::string flatten(const SourceUnit& unit, const std::string& comment) {
+  const bool ir = unit.files.empty(); // of the host: no includes
+  std::string out;
+  for (std::string_view rest = comment; !rest.empty();) {
+    const std::string_view line = rest.substr(0, rest.find('\n'));
+    rest.remove_prefix(std::min(line.size() + 1, rest.size()));
+    out += fmt::format("{} {}\n", ir ? ";" : "//", line);
+  }
+  std::set<std::string_view> seen;
+  if (ir)
+    out += unit.main;
+  else
+    flatten_into(out, unit, unit.name, unit.main, seen);
+  return out;
+}
 
 Result<SourceUnit> emit(const Problem& p, const Variant& v, const Target& t) {
   if (const Status ok = validate(p); !ok) return tl::unexpected(ok.error());

@@ -24,7 +24,7 @@ TENSORS = ("q k v g beta A_log dt_bias initial_state o final_state d_o d_final_s
            "d_dt_bias d_initial_state").split()
 UPDATES = ("update_u", "update_k", "update_decay")
 TABLES = ("read_slots", "write_slots", "accepted", "parents")
-API_VERSION = 3
+API_VERSION = 4
 
 
 class KdaError(RuntimeError):
@@ -37,7 +37,8 @@ class KdaError(RuntimeError):
 
 class _EngineOptions(C.Structure):
     _fields_ = [("struct_size", C.c_uint32), ("read_environment", C.c_int32), ("cache_directory", C.c_char_p),
-                ("tune", C.c_int32), ("threads", C.c_int32), ("tune_budget_seconds", C.c_double)]
+                ("tune", C.c_int32), ("threads", C.c_int32), ("tune_budget_seconds", C.c_double),
+                ("cache_packs", C.c_char_p)]
 
 
 _PROBLEM = ("operation heads value_heads key_dim value_dim dtype gate_dtype beta_dtype state_dtype state_layout gate dt_bias "
@@ -131,9 +132,10 @@ def _table(name, t):
 class Engine:
     """Plans, compiles, caches and tunes. Arguments left at None come from the KDA_JIT_ environment or the defaults."""
 
-    def __init__(self, cache_directory=None, tune=None, threads=0, tune_budget_seconds=0.0):
+    def __init__(self, cache_directory=None, tune=None, threads=0, tune_budget_seconds=0.0, cache_packs=None):
         options = _EngineOptions(C.sizeof(_EngineOptions), 1, None if cache_directory is None else os.fsencode(cache_directory),
-                                 -1 if tune is None else TUNE.index(tune), threads, tune_budget_seconds)
+                                 -1 if tune is None else TUNE.index(tune), threads, tune_budget_seconds,
+                                 None if cache_packs is None else b":".join(map(os.fsencode, cache_packs)))
         self._handle = C.c_void_p()
         _check(_lib.kda_engine_create(C.byref(options), C.byref(self._handle)))
 

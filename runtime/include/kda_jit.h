@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define KDA_JIT_API_VERSION 3
+#define KDA_JIT_API_VERSION 4
 
 typedef enum kda_code {
   KDA_OK = 0,
@@ -74,6 +74,7 @@ typedef struct kda_engine_options {
   int32_t tune;                /* kda_tune_mode, or -1: the default */
   int32_t threads;             /* 0: hardware threads */
   double tune_budget_seconds;  /* 0: the default */
+  const char* cache_packs;     /* files of `kda-jit cache pack`, separated by colons; NULL: the default */
 } kda_engine_options;
 
 /* The fields of kda::Problem. */

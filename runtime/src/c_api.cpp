@@ -195,6 +195,7 @@ int32_t kda_engine_create(const kda_engine_options* c, kda_engine** out) {
     }
     if (c->threads > 0) options.threads = c->threads;
     if (c->tune_budget_seconds > 0) options.tune_budget_seconds = c->tune_budget_seconds;
+    if (c->cache_packs != nullptr) options.cache_packs = parse_paths(c->cache_packs);
     auto engine = Engine::create(std::move(options));
     if (!engine) return set_error(engine.error());
     *out = new kda_engine{std::move(*engine)};

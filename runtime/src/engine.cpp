@@ -117,6 +117,8 @@ std::vector<DeviceInfo> Engine::devices() const {
     if (backend) {
       info.name = (*backend)->name();
       info.arch = (*backend)->target().arch;
+      info.id = (*backend)->id();
+      info.compute_capability = (*backend)->target().compute_capability;
       info.driver = (*backend)->driver();
       const auto compiler = (*backend)->compiler();
       if (compiler)
@@ -217,6 +219,14 @@ Result<KernelInfo> Engine::precompile(const Problem& problem, const Variant& var
   if (!image) return tl::unexpected(image.error());
   info.shared_bytes = shared_bytes_of(problem, variant, target, info);
   return info;
+}
+
+Result<PackReport> Engine::pack(const std::filesystem::path& file, const std::set<std::string>& keys) const {
+  if (const Status ok = impl_->usable(); !ok) return tl::unexpected(ok.error());
+  if (keys.empty()) return fail(ErrorCode::invalid_argument, "a pack needs at least one image");
+  const auto info = impl_->store.pack(file, {keys});
+  if (!info) return fail(ErrorCode::io_error, info.error());
+  return PackReport{info->entries, info->bytes, info->digest};
 }
 
 Status Engine::run(const Problem& problem, Device device, const Sizes& sizes, const Args& args,

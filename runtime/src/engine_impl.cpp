@@ -5,9 +5,11 @@
 #include "host_backend.h"
 #include <chrono>
 #include <fmt/format.h>
+#include <fstream>
 #include <thread>
 
 namespace kda {
+namespace fs = std::filesystem;
 namespace {
 
 constexpr const char* kGeneratorVersion = "2"; // of the key's fields, the metadata and the form of an image
@@ -66,15 +68,38 @@ Origin origin_of(cache::Source source) {
   case cache::Source::made: return Origin::compiled;
   case cache::Source::memory: return Origin::memory;
   case cache::Source::disk: return Origin::disk;
-  case cache::Source::read_only: break;
+  case cache::Source::read_only: return Origin::read_only;
+  case cache::Source::pack: break;
   }
-  return Origin::read_only;
+  return Origin::pack;
+}
+
+/// What a compiler must be told beside the text, one a line.
+std::string describe(const SourceUnit& unit, const cache::KeyManifest& key) {
+  std::string text;
+  for (const cache::KeyField& field : cache::key_fields(key.text()).value_or(std::vector<cache::KeyField>{}))
+    if (!field.value.empty() &&
+        (field.name == "arch" || field.name == "compiler" || field.name == "features"))
+      text += fmt::format("{}: {}\n", field.name, field.value);
+  text +=
+      fmt::format("options: {}\nkernels: {}\n", fmt::join(unit.options, " "), fmt::join(unit.entries, " "));
+  return text;
+}
+
+bool write_text(const fs::path& file, std::string_view text) {
+  std::error_code error;
+  fs::create_directories(file.parent_path(), error);
+  std::ofstream out(file, std::ios::binary | std::ios::trunc);
+  out.write(text.data(), static_cast<std::streamsize>(text.size()));
+  out.close();
+  return static_cast<bool>(out);
 }
 
 cache::StoreOptions store_options(const EngineOptions& o) {
   cache::StoreOptions s;
   s.directory = o.cache_directory ? *o.cache_directory : cache::default_directory();
   s.read_only = o.read_only_caches;
+  s.packs = o.cache_packs;
   s.max_bytes = o.cache_max_bytes;
   s.warn = [log = o.log](const std::string& text) {
     if (log)
@@ -90,7 +115,7 @@ cache::StoreOptions store_options(const EngineOptions& o) {
 Engine::Impl::Impl(EngineOptions o)
     : options(std::move(o)), store(store_options(options)),
       tuning(store.directory(), [this](const std::string& text) { warn(text); }),
-      nvrtc(Nvrtc::open(options.nvrtc)), driver(CudaDriver::open()) {}
+      nvrtc(Nvrtc::open(options.nvrtc, options.threads)), driver(CudaDriver::open()) {}
 
 std::shared_ptr<Engine::Impl> Engine::Impl::make(EngineOptions o) {
   return {new Impl(std::move(o)), [](Impl* impl) {
@@ -133,12 +158,15 @@ void Engine::Impl::warn(std::string_view line) const {
     fmt::print(stderr, "kda-jit: warning: {}\n", line);
 }
 
+bool Engine::Impl::first(const std::string& line) {
+  const std::scoped_lock lock(mutex_);
+  return said_.insert(line).second;
+}
 void Engine::Impl::log_once(const std::string& line) {
-  {
-    const std::scoped_lock lock(mutex_);
-    if (!said_.insert(line).second) return;
-  }
-  log(line);
+  if (first(line)) log(line);
+}
+void Engine::Impl::warn_once(const std::string& line) {
+  if (first(line)) warn(line);
 }
 
 Result<std::string> Engine::Impl::image_key(const Backend& backend, const Problem& problem,
@@ -170,6 +198,34 @@ Result<std::shared_ptr<Backend>> Engine::Impl::backend(const Device& device) {
   return made;
 }
 
+std::string Engine::Impl::keep_reproducer(const SourceUnit& unit, const cache::KeyManifest& key,
+                                          const Error& error) {
+  fs::path directory = options.dump_directory;
+  if (directory.empty() && !store.directory().empty()) directory = store.directory() / "failed";
+  if (directory.empty()) return "set KDA_JIT_DUMP to a directory to get a reproducer\n";
+  const fs::path file = directory / fmt::format("{}.{}", key.digest(), unit.name);
+  const std::string text = flatten(unit, describe(unit, key) + error.message + '\n' + error.context);
+  if (!write_text(file, text)) return fmt::format("no reproducer: cannot write {}\n", file.string());
+  return fmt::format("reproducer: {}\n", file.string());
+}
+
+void Engine::Impl::dump(const SourceUnit& unit, const Target& target, const cache::KeyManifest& key,
+                        const Image& image) {
+  const fs::path directory = options.dump_directory;
+  const auto file = [&](std::string_view name) {
+    return directory / fmt::format("{}.{}", key.digest(), name);
+  };
+  bool ok =
+      write_text(file(unit.name), flatten(unit, describe(unit, key))) && write_text(file("log"), image.log);
+  const auto cubins = unpack_cubins(image.bytes);
+  if (target.kind == Target::Kind::host || !cubins || cubins->size() != unit.entries.size())
+    ok = ok && (image.bytes.empty() || write_text(file("o"), image.bytes));
+  else
+    for (std::size_t i = 0; i < cubins->size(); ++i)
+      ok = ok && write_text(file(unit.entries[i] + ".cubin"), (*cubins)[i]);
+  if (!ok) warn_once(fmt::format("cannot write dumps to {}", directory.string()));
+}
+
 Result<Image> Engine::Impl::image(const SourceUnit& unit, const Target& target, const std::string& compiler,
                                   const std::function<Result<Image>(const SourceUnit&)>& compile,
                                   KernelInfo& info) {
@@ -180,6 +236,8 @@ Result<Image> Engine::Impl::image(const SourceUnit& unit, const Target& target, 
   const auto make = [&]() -> std::optional<cache::Entry> {
     const auto begin = std::chrono::steady_clock::now();
     made = compile(unit);
+    if (!made && made.error().code == ErrorCode::compile_failed)
+      made.error().context = keep_reproducer(unit, key, made.error()) + made.error().context;
     if (!made) return std::nullopt;
     ++compiles;
     info.compile_ms = milliseconds_since(begin);
@@ -191,6 +249,8 @@ Result<Image> Engine::Impl::image(const SourceUnit& unit, const Target& target, 
   if (entry == nullptr) return made;
   info.origin = origin_of(source);
   Image image = image_of(*entry);
+  info.image_bytes = image.bytes.size();
+  if (!options.dump_directory.empty()) dump(unit, target, key, image);
   for (const KernelFigures& k : image.kernels) {
     info.registers = std::max(info.registers, k.registers);
     info.shared_bytes = std::max(info.shared_bytes, k.shared_bytes);
@@ -232,8 +292,12 @@ Result<std::shared_ptr<const Kernel::Impl>> Engine::Impl::kernel(const std::shar
                                                                  const Plan::Impl& plan) {
   auto device = backend(plan.device);
   if (!device) return tl::unexpected(device.error());
-  const auto unit = emit(plan.problem, plan.variant, (*device)->target());
+  auto unit = emit(plan.problem, plan.variant, (*device)->target());
   if (!unit) return tl::unexpected(unit.error());
+  // Same code, four times the bytes: only for who looks at them. With it debuggers and profilers name the
+  // templates.
+  if (!options.dump_directory.empty() && (*device)->target().kind == Target::Kind::cuda)
+    unit->options.emplace_back("--generate-line-info");
   std::shared_ptr<LoadedImage> loaded;
   {
     const std::string key = to_string(plan.device) + key_of(*unit, (*device)->target(), "").digest();

@@ -78,10 +78,16 @@ struct Engine::Impl {
   void warn(std::string_view line) const;
   /// The first time that there is such a line.
   void log_once(const std::string& line);
+  void warn_once(const std::string& line);
 
 private:
   const std::uint32_t forks_ = fork_count();
   Status load(const Backend&, const SourceUnit&, LoadedImage&);
+  [[nodiscard]] bool first(const std::string& line);
+  /// Writes what does not compile as one file, with the error on top; a line that says where.
+  [[nodiscard]] std::string keep_reproducer(const SourceUnit&, const cache::KeyManifest&, const Error&);
+  /// Source, log and code, for who set the directory.
+  void dump(const SourceUnit&, const Target&, const cache::KeyManifest&, const Image&);
   std::mutex mutex_;        ///< of the maps and the set
   std::mutex tuning_mutex_; ///< where there is no lock file
   std::map<std::string, std::shared_ptr<Backend>> backends_;

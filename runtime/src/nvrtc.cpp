@@ -21,6 +21,9 @@ struct Nvrtc::Functions {
   int (*log)(Program, char*) = nullptr;
   int (*cubin_size)(Program, std::size_t*) = nullptr;
   int (*cubin)(Program, char*) = nullptr;
+  // Since 11.2; asked only by who diagnoses.
+  int (*architecture_count)(int*) = nullptr;
+  int (*architectures)(int*) = nullptr;
 };
 
 namespace {
@@ -121,7 +124,8 @@ std::string ptxas_advisories(std::string_view log) {
   return out;
 }
 
-Result<std::shared_ptr<const Nvrtc>> Nvrtc::open(const std::optional<std::filesystem::path>& library) {
+Result<std::shared_ptr<const Nvrtc>> Nvrtc::open(const std::optional<std::filesystem::path>& library,
+                                                 int threads) {
   std::vector<std::string> names;
   if (library)
     names.push_back(library->string());
@@ -151,16 +155,27 @@ Result<std::shared_ptr<const Nvrtc>> Nvrtc::open(const std::optional<std::filesy
   if (!all || f->version(&major, &minor) != 0 || major < 12)
     return fail(ErrorCode::unavailable,
                 fmt::format("NVRTC 12 or 13 is needed; the one found is {}.{}", major, minor));
+  (void)(load_symbol(handle, "nvrtcGetNumSupportedArchs", f->architecture_count) &&
+         load_symbol(handle, "nvrtcGetSupportedArchs", f->architectures));
   Dl_info info{};
   std::error_code error;
   std::uintmax_t size = 0;
+  std::filesystem::path path;
   if (dladdr(reinterpret_cast<void*>(f->version), &info) != 0 && info.dli_fname != nullptr)
-    size = std::filesystem::file_size(std::filesystem::canonical(info.dli_fname, error), error);
-  auto self = std::make_shared<Nvrtc>();
+    size = std::filesystem::file_size(path = std::filesystem::canonical(info.dli_fname, error), error);
+  auto self = std::make_shared<Nvrtc>(threads);
+  self->path_ = path;
   self->f_ = std::move(f);
   self->major_ = major;
   self->identity_ = fmt::format("nvrtc {}.{} {}", major, minor, error ? 0 : size);
   return std::shared_ptr<const Nvrtc>(std::move(self));
+}
+
+std::vector<int> Nvrtc::architectures() const {
+  int count = 0;
+  if (f_->architectures == nullptr || f_->architecture_count(&count) != 0 || count <= 0) return {};
+  std::vector<int> all(static_cast<std::size_t>(count));
+  return f_->architectures(all.data()) == 0 ? all : std::vector<int>();
 }
 
 std::string pack_cubins(const std::vector<std::string>& cubins) {
@@ -191,10 +206,8 @@ Result<Image> Nvrtc::compile(const SourceUnit& unit) const {
   for (const std::string& entry : unit.entries)
     parts.push_back(std::async(unit.entries.size() > 1 ? std::launch::async : std::launch::deferred,
                                [this, &unit, &entry] {
-                                 free_threads_.acquire();
-                                 Result<Image> part = compile_entry(unit, entry);
-                                 free_threads_.release();
-                                 return part;
+                                 const CompileSlots::Slot slot(slots_);
+                                 return compile_entry(unit, entry);
                                }));
   Image image;
   std::vector<std::string> cubins;

@@ -55,16 +55,6 @@ Result<std::uint64_t> megabytes(const char* name, const std::string& text) {
   return static_cast<std::uint64_t>(std::min(std::ceil(*value * 0x1p20), 0x1p63));
 }
 
-std::vector<std::filesystem::path> paths(const std::string& text) {
-  std::vector<std::filesystem::path> all;
-  for (std::size_t begin = 0; begin < text.size();) {
-    const std::size_t end = std::min(text.find(':', begin), text.size());
-    if (end > begin) all.emplace_back(text.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return all;
-}
-
 Status refuse_unknown() {
   constexpr std::string_view kPrefix = "KDA_JIT_";
   const auto known = environment_variables();
@@ -82,20 +72,33 @@ Status refuse_unknown() {
 
 } // namespace
 
+std::vector<std::filesystem::path> parse_paths(std::string_view text) {
+  std::vector<std::filesystem::path> all;
+  for (std::size_t begin = 0; begin < text.size();) {
+    const std::size_t end = std::min(text.find(':', begin), text.size());
+    if (end > begin) all.emplace_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return all;
+}
+
 std::vector<EnvironmentVariable> environment_variables() {
-  return {{"KDA_JIT_CACHE_DIR", "directory of the persistent cache (default: $XDG_CACHE_HOME/kda-jit)"},
-          {"KDA_JIT_CACHE_READONLY_DIRS", "further caches that are only read, separated by colons"},
-          {"KDA_JIT_CACHE_MAX_MB", "megabytes of disk that the cache may take (default: 1024; 0: no limit)"},
-          {"KDA_JIT_TUNE", "off, cached (default), on, force or pinned"},
-          {"KDA_JIT_TUNE_PINS", "files of `kda-jit report --json` that pinned takes, separated by colons"},
-          {"KDA_JIT_TUNE_BUDGET_MS", "milliseconds that tuning one problem may take (default: 30000)"},
-          {"KDA_JIT_TUNE_MEMORY_MB", "megabytes of the device that a tuner may hold (default: what is free)"},
-          {"KDA_JIT_TUNE_TIMING", "cold-eager (default), cold-graph, warm-eager or warm-graph"},
-          {"KDA_JIT_TUNE_WORKER", "path of kda-jit: candidates then run in a process of their own"},
-          {"KDA_JIT_THREADS", "threads of host kernels and of parallel compiles (default: all)"},
-          {"KDA_JIT_LOG", "1: every compile and load on stderr; 0 (default): warnings only"},
-          {"KDA_JIT_NVRTC", "path of libnvrtc.so (default: the loader's and the CUDA toolkit's)"},
-          {"KDA_JIT_LIBRARY", "path of libkda_jit.so for the Python binding"}};
+  return {
+      {"KDA_JIT_CACHE_DIR", "directory of the persistent cache (default: $XDG_CACHE_HOME/kda-jit)"},
+      {"KDA_JIT_CACHE_READONLY_DIRS", "further caches that are only read, separated by colons"},
+      {"KDA_JIT_CACHE_PACKS", "files of `kda-jit cache pack`, read after the caches, separated by colons"},
+      {"KDA_JIT_CACHE_MAX_MB", "megabytes of disk that the cache may take (default: 1024; 0: no limit)"},
+      {"KDA_JIT_TUNE", "off, cached (default), on, force or pinned"},
+      {"KDA_JIT_TUNE_PINS", "files of `kda-jit report --json` that pinned takes, separated by colons"},
+      {"KDA_JIT_TUNE_BUDGET_MS", "milliseconds that tuning one problem may take (default: 30000)"},
+      {"KDA_JIT_TUNE_MEMORY_MB", "megabytes of the device that a tuner may hold (default: what is free)"},
+      {"KDA_JIT_TUNE_TIMING", "cold-eager (default), cold-graph, warm-eager or warm-graph"},
+      {"KDA_JIT_TUNE_WORKER", "path of kda-jit: candidates then run in a process of their own"},
+      {"KDA_JIT_THREADS", "threads of host kernels and of parallel compiles (default: all)"},
+      {"KDA_JIT_LOG", "1: every compile and load on stderr; 0 (default): warnings only"},
+      {"KDA_JIT_NVRTC", "path of libnvrtc.so (default: the loader's and the CUDA toolkit's)"},
+      {"KDA_JIT_DUMP", "directory for the source, log and code of every kernel that is prepared"},
+      {"KDA_JIT_LIBRARY", "path of libkda_jit.so for the Python binding"}};
 }
 
 Result<EngineOptions> EngineOptions::from_environment(bool strict) {
@@ -103,7 +106,9 @@ Result<EngineOptions> EngineOptions::from_environment(bool strict) {
     if (const Status ok = refuse_unknown(); !ok) return tl::unexpected(ok.error());
   EngineOptions options;
   if (const auto text = variable("KDA_JIT_CACHE_DIR")) options.cache_directory = *text;
-  if (const auto text = variable("KDA_JIT_CACHE_READONLY_DIRS")) options.read_only_caches = paths(*text);
+  if (const auto text = variable("KDA_JIT_CACHE_READONLY_DIRS"))
+    options.read_only_caches = parse_paths(*text);
+  if (const auto text = variable("KDA_JIT_CACHE_PACKS")) options.cache_packs = parse_paths(*text);
   if (const auto text = variable("KDA_JIT_CACHE_MAX_MB")) {
     const auto bytes = megabytes("KDA_JIT_CACHE_MAX_MB", *text);
     if (!bytes) return tl::unexpected(bytes.error());
@@ -119,7 +124,7 @@ Result<EngineOptions> EngineOptions::from_environment(bool strict) {
     if (!ms) return tl::unexpected(ms.error());
     options.tune_budget_seconds = *ms / 1e3;
   }
-  if (const auto text = variable("KDA_JIT_TUNE_PINS")) options.tune_pins = paths(*text);
+  if (const auto text = variable("KDA_JIT_TUNE_PINS")) options.tune_pins = parse_paths(*text);
   if (const auto text = variable("KDA_JIT_TUNE_MEMORY_MB")) {
     const auto bytes = megabytes("KDA_JIT_TUNE_MEMORY_MB", *text);
     if (!bytes) return tl::unexpected(bytes.error());
@@ -145,6 +150,7 @@ Result<EngineOptions> EngineOptions::from_environment(bool strict) {
     if (*text == "1") options.log = [](std::string_view line) { fmt::print(stderr, "kda-jit: {}\n", line); };
   }
   if (const auto text = variable("KDA_JIT_NVRTC")) options.nvrtc = *text;
+  if (const auto text = variable("KDA_JIT_DUMP")) options.dump_directory = *text;
   return options;
 }
 
@@ -157,11 +163,15 @@ std::vector<std::string> worker_environment(const EngineOptions& o, const std::f
   const auto add = [&](const char* name, const auto& value) {
     all.push_back(fmt::format("{}={}", name, value));
   };
-  std::string read_only;
-  for (const std::filesystem::path& directory : o.read_only_caches)
-    read_only += directory.native() + ":";
+  const auto joined = [](const std::vector<std::filesystem::path>& paths) {
+    std::string text;
+    for (const std::filesystem::path& path : paths)
+      text += path.native() + ":";
+    return text;
+  };
   add("KDA_JIT_CACHE_DIR", cache.native());
-  add("KDA_JIT_CACHE_READONLY_DIRS", read_only);
+  add("KDA_JIT_CACHE_READONLY_DIRS", joined(o.read_only_caches));
+  add("KDA_JIT_CACHE_PACKS", joined(o.cache_packs));
   add("KDA_JIT_CACHE_MAX_MB", static_cast<double>(o.cache_max_bytes) / 0x1p20);
   add("KDA_JIT_TUNE_BUDGET_MS", budget_seconds * 1e3);
   add("KDA_JIT_TUNE_MEMORY_MB", static_cast<double>(o.tune_memory_bytes) / 0x1p20);
@@ -169,6 +179,7 @@ std::vector<std::string> worker_environment(const EngineOptions& o, const std::f
       fmt::format("{}-{}", o.tune_timing.warm_l2 ? "warm" : "cold", o.tune_timing.graph ? "graph" : "eager"));
   add("KDA_JIT_THREADS", o.threads);
   if (o.nvrtc) add("KDA_JIT_NVRTC", o.nvrtc->native());
+  if (!o.dump_directory.empty()) add("KDA_JIT_DUMP", o.dump_directory.native());
   return all;
 }
 
@@ -199,9 +210,10 @@ const char* to_string(Origin origin) {
   case Origin::compiled: return "compiled";
   case Origin::memory: return "memory";
   case Origin::disk: return "disk";
-  case Origin::read_only: break;
+  case Origin::read_only: return "read-only cache";
+  case Origin::pack: break;
   }
-  return "read-only cache";
+  return "pack";
 }
 
 Tensor contiguous(void* data, DType dtype, std::initializer_list<std::int64_t> shape) {

@@ -81,3 +81,32 @@ TEST_CASE("a rename that was done and is reported as failed leaves a good entry"
   CHECK(Store({.directory = scratch.path()}).get(key_of("a"))->payload == "image");
   CHECK(Store({.directory = scratch.path()}).verify(false).good == 1);
 }
+
+TEST_CASE("a pack whose handle goes stale while it is open is a miss, and so is one that cannot be read",
+          "[fault]") {
+  const Scratch scratch;
+  const fs::path file = scratch.path() / "kernels.kdapack";
+  Source source = Source::memory;
+  {
+    Store store({.directory = scratch.path() / "source"});
+    (void)make(store, "packed", source);
+    REQUIRE(store.pack(file, {}));
+  }
+  int warnings = 0;
+  const StoreOptions options{.packs = {file}, .warn = [&](const std::string&) { ++warnings; }};
+  const int error = GENERATE(ESTALE, EIO);
+  Store open(options);
+  {
+    const Failing failing(Call::read_pack, error);
+    CHECK(make(open, "made", source)->payload == "made");
+    CHECK(source == Source::made);
+    CHECK(failing.count() == 1);
+    CHECK(warnings == 1);
+    Store never_opened(options);
+    CHECK(make(never_opened, "made", source)->payload == "made");
+    CHECK(warnings == 2);
+  }
+  Store well(options);
+  CHECK(make(well, "made", source)->payload == "packed");
+  CHECK(source == Source::pack);
+}

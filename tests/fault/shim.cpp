@@ -86,6 +86,14 @@ ssize_t read(int fd, void* bytes, size_t count) {
   return refuse(Call::read) ? -1 : ::syscall(SYS_read, fd, bytes, count);
 }
 
+ssize_t pread(int fd, void* bytes, size_t count, off_t offset) {
+  return refuse(Call::read_pack) ? -1 : ::syscall(SYS_pread64, fd, bytes, count, offset);
+}
+
+ssize_t pread64(int fd, void* bytes, size_t count, off_t offset) {
+  return pread(fd, bytes, count, offset);
+}
+
 int fcntl(int fd, int command, ...) {
   va_list list;
   va_start(list, command);

@@ -11,6 +11,7 @@ enum class Call {
   fsync,
   write,
   read,
+  read_pack, ///< pread
   lock,
   open_entry ///< of a file *.kda, for reading
 };

@@ -86,6 +86,38 @@ TEST_CASE("a read-only cache is used and not written") {
   CHECK(entries(shipped.path()).size() == 1);
 }
 
+TEST_CASE("a pack is used, and a device of another architecture says once that it is of no use") {
+  const Scratch shipped;
+  const auto file = shipped.path() / "kernels.kdapack";
+  {
+    const Engine engine = engine_on(std::make_shared<ScriptedBackend>(), shipped.path());
+    const std::string key = prepared(engine).value().info().key;
+    const auto report = engine.pack(file, {key});
+    REQUIRE(report);
+    CHECK(report->entries == 1);
+    CHECK(report->bytes == std::filesystem::file_size(file));
+    CHECK_FALSE(engine.pack(file, {}));
+    CHECK_FALSE(engine.pack(file, {"of no image"}));
+  }
+  std::vector<std::string> log;
+  EngineOptions options;
+  options.cache_directory = "";
+  options.cache_packs = {file};
+  options.log = [&](std::string_view line) { log.emplace_back(line); };
+  const auto backend = std::make_shared<ScriptedBackend>();
+  options.emulator = backend;
+  CHECK(prepared(Engine::create(options).value()).value().info().origin == Origin::pack);
+  CHECK(backend->compiles == 0);
+  CHECK(log.empty());
+
+  backend->target_ = cuda_target("sm_100a").value();
+  const Engine other = Engine::create(options).value();
+  CHECK(prepared(other).value().info().origin == Origin::compiled);
+  CHECK(std::count_if(log.begin(), log.end(), [](const std::string& line) {
+          return line.find("made for arch 'sm_90a'") != std::string::npos;
+        }) == 1);
+}
+
 TEST_CASE("a damaged entry is a miss and a warning, and the next process finds a good one") {
   const Scratch scratch;
   REQUIRE(prepared(engine_on(std::make_shared<ScriptedBackend>(), scratch.path())));

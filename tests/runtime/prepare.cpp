@@ -146,7 +146,7 @@ TEST_CASE("a failing compile gives the same error every time, and nothing is kep
     REQUIRE_FALSE(kernel);
     CHECK(kernel.error().code == ErrorCode::compile_failed);
     CHECK(kernel.error().message == "the compiler refuses");
-    CHECK(kernel.error().context == "its log");
+    CHECK_THAT(kernel.error().context, Catch::Matchers::EndsWith("its log"));
   }
   CHECK(engine.compile_count() == 0);
   backend->on_compile = ScriptedBackend::image_of;

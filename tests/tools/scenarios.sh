@@ -67,6 +67,30 @@ refused KDA_JIT_CACHE_DRI env KDA_JIT_CACHE_DRI=x "$kda" env --strict
 refused KDA_JIT_TUNE env KDA_JIT_TUNE=sometimes "${run[@]}"
 expect 0 "entries" "$kda" cache stat
 expect 0 "0 bad" "$kda" cache verify
+# Packs: what the cache holds in one file, of use without the cache, and back into another one.
+expect 0 "digest" "$kda" cache pack "$work/kernels.kdapack"
+expect 0 '"entries": 1' "$kda" cache pack "$work/kernels.kdapack" --json
+expect 0 "KDA_JIT_CACHE_PACKS" "$kda" cache pack --help
+expect 0 "verified first" "$kda" cache unpack --help
+refused "file" "$kda" cache pack
+refused "file" "$kda" cache unpack
+expect 1 "no entry" "$kda" cache pack "$work/none.kdapack" --arch sm_90a
+[[ ! -e $work/none.kdapack ]] || fail "a pack of nothing was written"
+expect 1 "cannot write" "$kda" cache pack "$work/absent/kernels.kdapack"
+packed=(env KDA_JIT_CACHE_DIR="$work/new cache" KDA_JIT_CACHE_PACKS="$work/kernels.kdapack" "$kda")
+expect 0 "KDA_JIT_CACHE_PACKS" "${packed[@]}" env
+expect 0 "kernels.kdapack" "${packed[@]}" cache stat
+expect 0 '"digest"' "${packed[@]}" cache stat --json
+expect 0 "1 good, 0 bad" "${packed[@]}" cache verify
+expect 0 '"origin": "pack"' "${packed[@]}" run --device host --input "$work/in.st" --output "$work/out.st" --json
+expect 0 "entries   0" "${packed[@]}" cache stat
+other=(env KDA_JIT_CACHE_DIR="$work/unpacked" "$kda")
+head -c 2000 "$work/kernels.kdapack" >"$work/cut.kdapack"
+expect 1 "bytes long" "${other[@]}" cache unpack "$work/cut.kdapack"
+expect 0 "entries   0" "${other[@]}" cache stat
+expect 0 "1 entries added" "${other[@]}" cache unpack "$work/kernels.kdapack"
+expect 0 '"present": 1' "${other[@]}" cache unpack "$work/kernels.kdapack" --json
+expect 0 '"origin": "disk"' "${other[@]}" run --device host --input "$work/in.st" --output "$work/out.st" --json
 expect 0 "removed 0 entries" "$kda" cache prune --max-mb 0
 refused "--max-mb" "$kda" cache prune --max-mb -1
 expect 0 "removed" "$kda" cache clear

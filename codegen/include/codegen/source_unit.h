@@ -25,6 +25,9 @@ struct SourceUnit {
   std::vector<std::string> entries; ///< extern "C" names, in the order that Launch::entry indexes
 };
 [[nodiscard]] Result<SourceUnit> emit(const Problem&, const Variant&, const Target&);
+/// The unit as one text: every file in the place of its first #include, with #line directives, so that
+/// compilers, debuggers and profilers name the templates. `comment` goes on top.
+[[nodiscard]] std::string flatten(const SourceUnit&, const std::string& comment);
 
 /// One kernel launch of an execute.
 struct Launch {

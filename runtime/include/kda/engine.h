@@ -16,6 +16,7 @@
 #include <future>
 #include <memory>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -133,6 +134,7 @@ using TuneReduce = std::function<Status(std::span<double> values)>;
 struct EngineOptions {
   std::optional<std::filesystem::path> cache_directory; ///< unset: XDG; empty path: memory only
   std::vector<std::filesystem::path> read_only_caches;
+  std::vector<std::filesystem::path> cache_packs; ///< files of `kda-jit cache pack` or precompile --pack
   std::uint64_t cache_max_bytes = std::uint64_t{1} << 30U; ///< of the directory; 0: no limit
   TuneMode tune = TuneMode::cached;
   double tune_budget_seconds =
@@ -143,7 +145,11 @@ struct EngineOptions {
   /// `kda-jit`: candidates then run in a process of their own, so that one that faults spoils nothing here.
   std::filesystem::path tune_worker;
   TuneReduce tune_reduce; ///< of ranks that must choose alike; the slowest rank's time counts
-  int threads = 0;        ///< host kernels and parallel compiles; 0: hardware threads
+  int threads = 0; ///< host kernels and parallel compiles (as many as memory allows); 0: hardware threads
+  /// Where the source, the log and the code of every kernel that is prepared go, compiled with line info for
+  /// that (a cache entry of its own); empty: nowhere. A kernel that does not compile leaves a reproducer
+  /// there, or else in the cache directory.
+  std::filesystem::path dump_directory;
   std::function<void(std::string_view)> log;  ///< one line a call; empty: warnings to stderr
   std::optional<std::filesystem::path> nvrtc; ///< unset: where the loader and the CUDA toolkit have it
   std::shared_ptr<Backend> emulator; ///< what Device::Kind::emulator runs on; for tests and `kda-jit check`
@@ -152,6 +158,9 @@ struct EngineOptions {
   static Result<EngineOptions> from_environment(bool strict = false);
 };
 
+/// Paths separated by colons, as in the environment; empty ones are left out.
+[[nodiscard]] std::vector<std::filesystem::path> parse_paths(std::string_view);
+
 /// A variable that EngineOptions::from_environment reads.
 struct EnvironmentVariable {
   const char* name;
@@ -159,7 +168,7 @@ struct EnvironmentVariable {
 };
 [[nodiscard]] std::vector<EnvironmentVariable> environment_variables();
 
-enum class Origin : std::uint8_t { compiled, memory, disk, read_only };
+enum class Origin : std::uint8_t { compiled, memory, disk, read_only, pack };
 [[nodiscard]] const char* to_string(Origin);
 
 /// What a prepared kernel is and where it came from.
@@ -169,6 +178,7 @@ struct KernelInfo {
   int registers = 0, shared_bytes = 0,
       spill_bytes = 0; ///< largest over the kernels; shared: of a launch, in all
   double compile_ms = 0, load_ms = 0;
+  std::size_t image_bytes = 0;
   std::string key; ///< digest of the cache entry
 };
 
@@ -185,6 +195,13 @@ struct TuneRequest {
   std::vector<Variant> never; ///< what must not run, not even as the reference
   /// For who holds the device's tuning lock and keeps the rows himself: a parent that started this process.
   bool worker = false;
+};
+
+/// A pack that was written.
+struct PackReport {
+  std::size_t entries = 0;
+  std::uint64_t bytes = 0;
+  std::string digest;
 };
 
 class Engine;
@@ -225,7 +242,9 @@ private:
 struct DeviceInfo {
   Device device;
   std::string name, arch, driver, compiler;
-  std::string problem; ///< why it cannot be used; empty when it can
+  std::string id;             ///< that of a GPU: its UUID
+  int compute_capability = 0; ///< 90 for sm_90a; 0 on the host
+  std::string problem;        ///< why it cannot be used; empty when it can
 };
 
 class Engine {
@@ -245,6 +264,10 @@ public:
   [[nodiscard]] std::future<Result<Kernel>> prepare_async(const Plan&) const;
   /// Compiles into the cache for an architecture that need not be here. Returns where the image came from.
   [[nodiscard]] Result<KernelInfo> precompile(const Problem&, const Variant&, const Target&) const;
+  /// Writes the images with these keys (KernelInfo::key), which this engine made or found, into one file for
+  /// EngineOptions::cache_packs, whole or not at all.
+  [[nodiscard]] Result<PackReport> pack(const std::filesystem::path&,
+                                        const std::set<std::string>& keys) const;
   /// Checks every candidate against the device's token kernel and times it, in order of the cost model's
   /// estimate; the rows go to the tuning database. The untuned choice and one token kernel have their turn
   /// whatever the budget. One tuner works on a device at a time, also among processes that share the cache;
