@@ -176,18 +176,21 @@ Result<std::vector<Problem>> model_problems(const std::string& name, int tensor_
   p.dt_bias = p.beta_sigmoid = p.qk_l2norm = true;
   p.state_layout = StateLayout::v_k;
   std::vector<Problem> problems;
-  // Prefill and training: packed and fixed batches; decode: one token a row, and packed, also from a pool.
-  for (const Operation operation : {Operation::forward, Operation::recurrent, Operation::backward})
-    for (const bool varlen : {false, true})
-      for (const IndexType index : {IndexType::int32, IndexType::int64}) {
-        if (!varlen && index == IndexType::int32) continue;
+  // Prefill and training: packed and fixed batches. Decode: one token a row, also from a pool; drafts
+  // verified by every policy, as chains and as trees, and replayed. validate() knows which flags go together.
+  for (const Operation operation :
+       {Operation::forward, Operation::recurrent, Operation::replay, Operation::backward})
+    for (const auto& [varlen, index] :
+         {std::pair{false, IndexType::int64}, {true, IndexType::int32}, {true, IndexType::int64}})
+      for (unsigned flags = 0; flags < 16; ++flags) {
         p.operation = operation;
         p.varlen = varlen;
         p.cu_seqlens_type = index;
-        for (const bool pool : {false, true}) {
-          p.state_pool = pool;
-          if (!pool || operation == Operation::recurrent) problems.push_back(p);
-        }
+        p.state_pool = (flags & 1U) != 0;
+        p.every_state = (flags & 2U) != 0;
+        p.updates = (flags & 4U) != 0;
+        p.tree = (flags & 8U) != 0;
+        if (validate(p)) problems.push_back(p);
       }
   return problems;
 }

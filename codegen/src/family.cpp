@@ -1,6 +1,7 @@
 // The table of kernel families, and the pure functions that only dispatch to them.
 #include "family.h"
 #include <fmt/format.h>
+#include <limits>
 
 namespace kda {
 
@@ -46,27 +47,74 @@ double estimate_us(const Problem& p, const Variant& v, const Target& t, const Si
   return family_of(p.operation, v.algorithm).estimate_us(p, v, t, s);
 }
 
-Result<Variant> choose(const Problem& p, const Target& t, const Sizes& s) {
+namespace {
+
+constexpr std::int64_t rounded(std::int64_t x) {
+  std::int64_t step = 1;
+  while (x > 8 * step)
+    step *= 2;
+  return (x + step - 1) / step * step;
+}
+static_assert(rounded(0) == 0 && rounded(8) == 8 && rounded(9) == 10 && rounded(33) == 40);
+
+/// Every rounded extent from 1 to `most`.
+std::vector<std::int64_t> extents(std::int64_t most) {
+  std::vector<std::int64_t> all;
+  for (std::int64_t x = 1; x <= most; x = rounded(x + 1))
+    all.push_back(x);
+  return all;
+}
+
+/// The candidates that fit; an error with every reason when none does.
+Result<std::vector<Variant>> fitting(const Problem& p, const Target& t) {
   if (const Status ok = validate(p); !ok) return tl::unexpected(ok.error());
-  const Variant* best = nullptr;
-  double best_us = 0;
+  std::vector<Variant> fit;
   std::string reasons;
-  const std::vector<Candidate> all = enumerate(p, t);
-  for (const Candidate& c : all) {
-    if (!c.rejected.empty()) {
+  for (const Candidate& c : enumerate(p, t)) {
+    if (c.rejected.empty())
+      fit.push_back(c.variant);
+    else
       reasons += fmt::format("{}: {}\n", to_string(c.variant), c.rejected);
-      continue;
-    }
-    const double us = estimate_us(p, c.variant, t, s);
-    if (best == nullptr || us < best_us) {
-      best = &c.variant;
-      best_us = us;
-    }
   }
-  if (best == nullptr)
+  if (fit.empty())
     return fail(ErrorCode::invalid_argument, fmt::format("no kernel fits {} on {}", to_string(p), t.arch),
                 reasons);
-  return *best;
+  return fit;
+}
+
+/// Index of the fastest by estimate.
+std::size_t fastest(const std::vector<Variant>& fit, const Problem& p, const Target& t, const Sizes& s) {
+  std::size_t best = 0;
+  double best_us = std::numeric_limits<double>::infinity();
+  for (std::size_t i = 0; i < fit.size(); ++i)
+    if (const double us = estimate_us(p, fit[i], t, s); us < best_us) {
+      best = i;
+      best_us = us;
+    }
+  return best;
+}
+
+} // namespace
+
+Result<Variant> choose(const Problem& p, const Target& t, const Sizes& s) {
+  const auto fit = fitting(p, t);
+  if (!fit) return tl::unexpected(fit.error());
+  return (*fit)[fastest(*fit, p, t, {rounded(s.batch), rounded(s.tokens), rounded(s.sequences)})];
+}
+
+Result<std::vector<Variant>> choices(const Problem& p, const Target& t) {
+  const auto fit = fitting(p, t);
+  if (!fit) return tl::unexpected(fit.error());
+  std::vector<bool> chosen(fit->size());
+  for (const std::int64_t rows : extents(kMostSequences))
+    for (std::int64_t tokens : extents(kMostTokens)) {
+      if (!p.varlen && tokens * rows > rounded(2 * kMostTokens)) break;
+      chosen[fastest(*fit, p, t, p.varlen ? Sizes{1, tokens, rows} : Sizes{rows, tokens, rows})] = true;
+    }
+  std::vector<Variant> all;
+  for (std::size_t i = 0; i < fit->size(); ++i)
+    if (chosen[i]) all.push_back((*fit)[i]);
+  return all;
 }
 
 LaunchList launches(const Problem& p, const Variant& v, const Target& t, const Sizes& s) {

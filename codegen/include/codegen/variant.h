@@ -65,7 +65,14 @@ struct Candidate {
 
 /// Estimated time in microseconds of one call: bytes, latency chain and issue, from measured constants.
 [[nodiscard]] double estimate_us(const Problem&, const Variant&, const Target&, const Sizes&);
-/// The untuned choice: the candidate of least estimated time, first in order on a tie.
+/// The untuned choice: the candidate of least estimated time, first in order on a tie, for sizes whose every
+/// extent is rounded up to three significant bits (1 to 8, 10, 12, 14, 16, 20 ...): at most a quarter more,
+/// less than the cost model is off.
 [[nodiscard]] Result<Variant> choose(const Problem&, const Target&, const Sizes&);
+/// Calls that `choices` covers: this many tokens, sequences and batch rows.
+inline constexpr std::int64_t kMostTokens = std::int64_t{1} << 22, kMostSequences = std::int64_t{1} << 14;
+/// Every answer of `choose` for any call within those limits, in order of `enumerate`. Rounding makes them
+/// a finite set, so that what is compiled ahead is complete. Some milliseconds to a second.
+[[nodiscard]] Result<std::vector<Variant>> choices(const Problem&, const Target&);
 
 } // namespace kda
