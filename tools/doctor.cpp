@@ -1,38 +1,20 @@
 // kda-jit doctor: what works here, what does not, and what to do about it.
 #include "command.h"
-#include <filesystem>
+#include "kda/diagnosis.h"
 #include <fmt/format.h>
-#include <fstream>
 #include <nlohmann/json.hpp>
-#include <unistd.h>
 
 namespace kda::tools {
 namespace {
 
-struct Finding {
-  bool good;
-  std::string what, advice;
-};
-
-Finding check_cache(const Engine& engine) {
-  const std::filesystem::path directory = engine.cache_directory();
-  if (directory.empty())
-    return {false, "no cache directory: kernels are compiled again in every process",
-            "set KDA_JIT_CACHE_DIR to a directory that this user owns and can write"};
-  const std::filesystem::path probe = directory / fmt::format("doctor.{}.tmp", getpid());
-  const bool written = static_cast<bool>(std::ofstream(probe) << "probe");
-  std::error_code ignored;
-  std::filesystem::remove(probe, ignored);
-  if (!written)
-    return {false, fmt::format("the cache {} cannot be written", directory.string()),
-            "mend its permissions or the full disk, or set KDA_JIT_CACHE_DIR"};
-  return {true, fmt::format("cache {} can be written", directory.string()), ""};
-}
-
 int doctor(bool json) {
-  const auto engine = make_engine();
+  auto options = EngineOptions::from_environment();
+  if (!options) return report_error(options.error());
+  std::string ignored; // warnings of the engine, which the facts repeat as findings
+  options->log = [&](std::string_view line) { ignored += line; };
+  const auto engine = Engine::create(*options);
   if (!engine) return report_error(engine.error());
-  std::vector<Finding> findings{check_cache(*engine)};
+  std::vector<Finding> findings = diagnose(gather_facts(*engine, *options));
   bool any_device = false;
   for (const DeviceInfo& d : engine->devices()) {
     const bool good = d.problem.empty();
@@ -66,7 +48,7 @@ void add_doctor(CLI::App& app, int& exit) {
       app.add_subcommand("doctor", "Find out what works on this machine and what to do about the rest");
   auto json = std::make_shared<bool>(false);
   sub->add_flag("--json", *json, "JSON on stdout");
-  sub->footer("Exit code 1 when no device can be used.");
+  sub->footer("A note is something to mend or to know. Exit code 1 when no device can be used.");
   sub->callback([json, &exit] { exit = doctor(*json); });
 }
 
