@@ -104,8 +104,9 @@ grep -q "<svg" "$work/report.html" || fail "the page has no chart"
 # Tuning: in a process of its own and in this one, exported, imported, compared and pinned.
 problem=(--device host --heads 2 --key-dim 32 --value-dim 32 --tokens 20 --dt-bias --beta-sigmoid --qk-l2norm --state-layout k_v)
 "$kda" sample --tokens 20 --heads 2 --key-dim 32 --value-dim 32 --output "$work/tuned.st" >"$work/log" || fail "sample: $(cat "$work/log")"
-expect 0 "finals" "$kda" tune "${problem[@]}"
-expect 0 "finals" "$kda" tune "${problem[@]}" --in-process
+# Whether there are finals depends on the times seen: on a busy machine one candidate may be far behind.
+expect 0 "timing 1/2" "$kda" tune "${problem[@]}"
+expect 0 "timing 1/2" "$kda" tune "${problem[@]}" --in-process
 expect 0 '"mode": "warm L2, graph"' env KDA_JIT_TUNE_TIMING=warm-graph "$kda" tune "${problem[@]}" --json
 expect 0 "the untuned choice stays" env KDA_JIT_TUNE_MEMORY_MB=1 "$kda" tune "${problem[@]}" # said by the worker
 refused "KDA_JIT_TUNE_TIMING" env KDA_JIT_TUNE_TIMING=hot "$kda" tune "${problem[@]}"
