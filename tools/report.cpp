@@ -1,6 +1,7 @@
 // kda-jit report: the stored tuning rows as a table, JSON or a page.
 #include "report.h"
 #include "command.h"
+#include "roofline.h"
 #include <algorithm>
 #include <cmath>
 #include <fmt/format.h>
@@ -8,90 +9,6 @@
 
 namespace kda::tools {
 namespace {
-
-/// "ok" rows by time, then the rest by text.
-std::vector<TuneRow> sorted_rows(const TuneReport& report) {
-  std::vector<TuneRow> rows = report.rows;
-  std::stable_sort(rows.begin(), rows.end(), [](const TuneRow& a, const TuneRow& b) {
-    const bool a_ok = a.status == "ok", b_ok = b.status == "ok";
-    if (a_ok != b_ok) return a_ok;
-    return a_ok ? a.median_us < b.median_us : a.variant < b.variant;
-  });
-  return rows;
-}
-
-std::string share_of_floor(const TuneReport& report, const TuneRow& row) {
-  return row.median_us > 0 && report.floor_us > 0
-             ? fmt::format("{:.0f}%", 100 * report.floor_us / row.median_us)
-             : "-";
-}
-
-/// 0 where it is not known.
-double spread_of(const TuneRow& row) {
-  return std::isfinite(row.spread_us) ? row.spread_us : 0;
-}
-
-std::string escape(std::string_view text) {
-  std::string out;
-  for (const char c : text) {
-    switch (c) {
-    case '<': out += "&lt;"; break;
-    case '>': out += "&gt;"; break;
-    case '&': out += "&amp;"; break;
-    case '"': out += "&quot;"; break;
-    default: out += c;
-    }
-  }
-  return out;
-}
-
-/// Horizontal bars: the time of each "ok" row with its spread; a line marks the byte floor. A bar ends, open,
-/// at four times the shortest: what lies beyond would press the others together.
-std::string chart(const TuneReport& report, const std::vector<TuneRow>& rows) {
-  constexpr int kRow = 18, kLeft = 260, kWidth = 520;
-  constexpr double kMostTimes = 4;
-  double longest = report.floor_us, shortest = 0;
-  int count = 0;
-  for (const TuneRow& row : rows)
-    if (row.status == "ok") {
-      longest = std::max(longest, row.median_us + spread_of(row));
-      if (count == 0) shortest = row.median_us; // sorted
-      ++count;
-    }
-  longest = std::min(longest, std::max(kMostTimes * shortest, report.floor_us));
-  if (count == 0 || longest <= 0) return "<p>No candidate was timed.</p>\n";
-  const double scale = kWidth / longest;
-  std::string svg = fmt::format(
-      "<svg viewBox=\"0 0 {} {}\" width=\"{}\" role=\"img\" aria-label=\"time of each variant\">\n",
-      kLeft + kWidth + 90, count * kRow + 24, kLeft + kWidth + 90);
-  int y = 4;
-  for (const TuneRow& row : rows) {
-    if (row.status != "ok") continue;
-    const bool beyond = row.median_us > longest;
-    const double x = std::min(row.median_us, longest) * scale;
-    const double half = beyond ? 0 : spread_of(row) * scale / 2;
-    svg += fmt::format(
-        "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text><rect class=\"{}\" x=\"{}\" y=\"{}\" "
-        "width=\"{:.1f}\" height=\"12\"/><line class=\"spread\" x1=\"{:.1f}\" x2=\"{:.1f}\" y1=\"{}\" "
-        "y2=\"{}\"/>"
-        "<text x=\"{:.1f}\" y=\"{}\">{:.1f} us</text>\n",
-        kLeft - 8, y + 11, escape(row.variant),
-        row.chosen ? "chosen"
-        : beyond   ? "bar beyond"
-                   : "bar",
-        kLeft, y, x, kLeft + x - half, kLeft + x + half, y + 6, y + 6, kLeft + x + half + 6, y + 11,
-        row.median_us);
-    y += kRow;
-  }
-  if (report.floor_us > 0) {
-    const double x = kLeft + report.floor_us * scale;
-    svg += fmt::format("<line class=\"floor\" x1=\"{0:.1f}\" x2=\"{0:.1f}\" y1=\"0\" y2=\"{1}\"/><text "
-                       "x=\"{0:.1f}\" y=\"{2}\" "
-                       "text-anchor=\"middle\">byte floor {3:.1f} us</text>\n",
-                       x, y, y + 14, report.floor_us);
-  }
-  return svg + "</svg>\n";
-}
 
 struct Options {
   bool json = false;
@@ -190,10 +107,31 @@ int report(const Options& o) {
 
 } // namespace
 
+std::vector<TuneRow> sorted_rows(const TuneReport& report) {
+  std::vector<TuneRow> rows = report.rows;
+  std::stable_sort(rows.begin(), rows.end(), [](const TuneRow& a, const TuneRow& b) {
+    const bool a_ok = a.status == "ok", b_ok = b.status == "ok";
+    if (a_ok != b_ok) return a_ok;
+    return a_ok ? a.median_us < b.median_us : a.variant < b.variant;
+  });
+  return rows;
+}
+
+std::string share_of_floor(const TuneReport& report, const TuneRow& row) {
+  return row.median_us > 0 && report.floor_us > 0
+             ? fmt::format("{:.0f}%", 100 * report.floor_us / row.median_us)
+             : "-";
+}
+
+double spread_of(const TuneRow& row) {
+  return std::isfinite(row.spread_us) ? row.spread_us : 0;
+}
+
 void print_report(const TuneReport& report) {
   fmt::print("{}, {}\n{}, driver {}, {}; {}; byte floor {:.1f} us\n", report.problem, report.bucket,
              report.device, report.driver.empty() ? "-" : report.driver, report.compiler, report.mode,
              report.floor_us);
+  if (const auto roof = roofline(report)) fmt::print("{}\n", to_string(*roof));
   std::vector<std::vector<std::string>> table{
       {"", "variant", "status", "median us", "spread", "floor", "error", "regs", "shared", "reason"}};
   for (const TuneRow& row : sorted_rows(report)) {
@@ -207,38 +145,6 @@ void print_report(const TuneReport& report) {
   }
   print_table(table, {3, 4, 5, 6, 7, 8});
   fmt::print("\n");
-}
-
-std::string reports_html(const std::vector<TuneReport>& reports) {
-  std::string body;
-  for (const TuneReport& r : reports) {
-    const std::vector<TuneRow> rows = sorted_rows(r);
-    body += fmt::format("<h2>{}</h2>\n<p>{} &middot; {} &middot; driver {} &middot; {} &middot; {}</p>\n",
-                        escape(r.problem), escape(r.bucket), escape(r.device),
-                        escape(r.driver.empty() ? "-" : r.driver), escape(r.compiler), escape(r.mode));
-    body += chart(r, rows);
-    body += "<table><tr><th>variant<th>status<th>median us<th>spread<th>share of "
-            "floor<th>error<th>registers<th>shared "
-            "bytes<th>reason</tr>\n";
-    for (const TuneRow& row : rows)
-      body += fmt::format(
-          "<tr class=\"{}\"><td>{}<td>{}<td>{:.1f}<td>{:.1f}<td>{}<td>{:.1e}<td>{}<td>{}<td>{}</tr>\n",
-          row.chosen ? "chosen" : "", escape(row.variant), escape(row.status), row.median_us, spread_of(row),
-          share_of_floor(r, row), row.error, row.registers, row.shared_bytes, escape(row.reason));
-    body += "</table>\n";
-  }
-  if (reports.empty()) body = "<p>No tuning rows yet.</p>\n";
-  return "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>kda-jit tuning "
-         "report</title>\n<style>\n"
-         "body{font:14px/1.4 system-ui,sans-serif;margin:2em;color:#222;background:#fff}svg text{font:11px "
-         "sans-serif;fill:#222}\n"
-         "table{border-collapse:collapse;margin:1em 0}td,th{padding:2px "
-         "10px;text-align:left;border-bottom:1px solid #ddd}\n"
-         "tr.chosen{font-weight:bold}.bar{fill:#9db8d9}.beyond{opacity:.5}.chosen{fill:#2b6cb0}.spread{"
-         "stroke:#222}"
-         ".floor{stroke:#c53030;stroke-dasharray:4 3}\n</style></head>\n<body><h1>kda-jit tuning "
-         "report</h1>\n" +
-         body + "</body></html>\n";
 }
 
 void add_report(CLI::App& app, int& exit) {

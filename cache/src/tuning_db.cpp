@@ -12,7 +12,7 @@ using sqlite::Statement;
 
 namespace {
 
-constexpr int kSchema = 2;                    // PRAGMA user_version
+constexpr int kSchema = 3;                    // PRAGMA user_version
 constexpr std::int64_t kApplication = 0x4b44; // PRAGMA application_id: "KD"
 
 constexpr std::string_view kCreate = R"(
@@ -22,26 +22,29 @@ CREATE TABLE candidate(
   status TEXT NOT NULL, reason TEXT NOT NULL,
   median_us REAL, spread_us REAL, error REAL, floor_us REAL,
   registers INTEGER NOT NULL, shared_bytes INTEGER NOT NULL, chosen INTEGER NOT NULL, at TEXT NOT NULL,
-  image TEXT NOT NULL,
+  image TEXT NOT NULL, bytes REAL, flop REAL,
   PRIMARY KEY(problem, bucket, device, driver, compiler, mode, variant)) WITHOUT ROWID;
 PRAGMA application_id = {};
 PRAGMA user_version = {};
 )";
-/// From schema 1, whose rows do not know their image: they stay to be read, and are timed again.
-constexpr std::string_view kMigrate = R"(
-ALTER TABLE candidate ADD COLUMN image TEXT NOT NULL DEFAULT '';
+/// Rows of schema 1 do not know their image: they stay to be read, and are timed again.
+constexpr std::string_view kFromSchema1 = "ALTER TABLE candidate ADD COLUMN image TEXT NOT NULL DEFAULT '';";
+/// Those of schema 2 do not know what their problem takes at least.
+constexpr std::string_view kFromSchema2 = R"(
+ALTER TABLE candidate ADD COLUMN bytes REAL;
+ALTER TABLE candidate ADD COLUMN flop REAL;
 PRAGMA user_version = {};
 )";
 constexpr const char* kUnchoose =
     "UPDATE candidate SET chosen = 0 WHERE problem = ?1 AND bucket = ?2 AND device = ?3 AND driver = ?4 AND "
     "compiler = ?5 AND mode = ?6";
 constexpr const char* kUpsert =
-    "INSERT OR REPLACE INTO candidate VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)";
+    "INSERT OR REPLACE INTO candidate VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)";
 constexpr const char* kSelect =
     "SELECT * FROM candidate WHERE (?1 = '' OR problem = ?1) AND (?2 = '' OR bucket = ?2) AND "
     "(?3 = '' OR device = ?3) ORDER BY problem, bucket, device, variant, driver, compiler, mode";
 
-/// Makes the table in a fresh database, brings that of schema 1 up to date; refuses one that is not ours or
+/// Makes the table in a fresh database, brings an older one up to date; refuses one that is not ours or
 /// of another schema.
 sqlite::Result<void> prepare_schema(sqlite3* db) {
   // IMMEDIATE: of two processes that find a fresh file, the second waits and then sees the table.
@@ -60,9 +63,10 @@ sqlite::Result<void> prepare_schema(sqlite3* db) {
       return refuse(created.error());
   } else if (*application != kApplication) {
     return refuse({SQLITE_NOTADB, "it is the database of another program"});
-  } else if (*schema == 1) {
-    if (auto migrated = sqlite::run(db, fmt::format(kMigrate, kSchema).c_str()); !migrated)
-      return refuse(migrated.error());
+  } else if (*schema == 1 || *schema == 2) {
+    const std::string steps =
+        fmt::format("{}{}", *schema == 1 ? kFromSchema1 : "", fmt::format(kFromSchema2, kSchema));
+    if (auto migrated = sqlite::run(db, steps.c_str()); !migrated) return refuse(migrated.error());
   } else if (*schema != kSchema) {
     return refuse({SQLITE_SCHEMA, fmt::format("it has schema {}, this build has {}", *schema, kSchema)});
   }
@@ -103,6 +107,8 @@ sqlite::Result<void> write(sqlite3* db, const std::vector<TuningRow>& rows, cons
       upsert->bind(++index, std::int64_t{number});
     upsert->bind(++index, row.when.empty() ? now : row.when);
     upsert->bind(++index, row.image);
+    for (const double number : {row.bytes, row.flop})
+      upsert->bind(++index, number);
     if (auto done = upsert->step(); !done) return tl::unexpected(done.error());
   }
   return {};
@@ -140,7 +146,9 @@ sqlite::Result<std::vector<TuningRow>> select(sqlite3* db, const std::string& pr
     row.shared_bytes = static_cast<int>(statement->integer(column++));
     row.chosen = statement->integer(column++) != 0;
     row.when = statement->text(column++);
-    row.image = statement->text(column);
+    row.image = statement->text(column++);
+    for (auto* number : {&row.bytes, &row.flop})
+      *number = statement->number(column++);
   }
 }
 

@@ -4,6 +4,7 @@
 // everything but `launch`, `fill` and `wait` on that stream, and `synchronize`, leaves the capture valid.
 #include "codegen/source_unit.h"
 #include "cuda/kernel_args.cuh"
+#include <chrono>
 #include <functional>
 #include <memory>
 
@@ -76,6 +77,10 @@ public:
   /// clock on the host.
   [[nodiscard]] virtual Result<double> time_us(const std::function<Status(void* stream)>& work,
                                                Replay replay) const = 0;
+  /// The clock of a tuner's budget.
+  [[nodiscard]] virtual double seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  }
 };
 
 } // namespace kda

@@ -208,10 +208,10 @@ Status Tuning::measure_in_worker() {
       if (c.wanted && c.ok()) arguments.push_back("--only=" + c.row.variant);
       if (c.barred) arguments.push_back("--never=" + c.row.variant);
     }
-    const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - began_;
-    auto child = Child::start(options.tune_worker, std::move(arguments),
-                              worker_environment(options, schema.parent_path(),
-                                                 std::max(0.0, options.tune_budget_seconds - spent.count())));
+    auto child =
+        Child::start(options.tune_worker, std::move(arguments),
+                     worker_environment(options, schema.parent_path(),
+                                        std::max(0.0, options.tune_budget_seconds - spent_seconds())));
     if (!child) return tl::unexpected(child.error());
     const Outcome outcome = follow(*child, silence, request_.progress);
     if (!outcome.json.empty()) {

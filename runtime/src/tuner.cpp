@@ -55,7 +55,7 @@ Result<TuneReport> Tuning::run() {
         if (request_.progress) request_.progress({"waiting for another tuner of this device", 0, 0, {}});
       });
     if (waited && !ranks) enter(); // the other may have done this work
-    began_ = std::chrono::steady_clock::now();
+    began_ = backend_->seconds();
     measured = anything_wanted();
     if (measured)
       if (const Status ok = engine_->options.tune_worker.empty() ? measure() : measure_in_worker(); !ok) {
@@ -136,8 +136,7 @@ bool Tuning::anything_wanted() const {
 }
 
 bool Tuning::past(double share) const {
-  const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - began_;
-  return spent.count() >= share * engine_->options.tune_budget_seconds;
+  return spent_seconds() >= share * engine_->options.tune_budget_seconds;
 }
 std::string Tuning::budget_text() const {
   return fmt::format("the tuning budget of {:g} s was spent", engine_->options.tune_budget_seconds);

@@ -29,31 +29,6 @@ void summarise(Contestant& c) {
   c.row.spread_us = c.samples.size() < kFew ? std::numeric_limits<double>::quiet_NaN() : at(0.9) - at(0.1);
 }
 
-/// Compulsory bytes of a call: every input read once, every output written once.
-double compulsory_bytes(const Problem& p, const Sizes& s) {
-  const double rows = static_cast<double>(s.batch) * static_cast<double>(s.tokens),
-               element = size_of(p.dtype);
-  const double q = rows * p.heads * p.key_dim * element, v = rows * p.value_heads * p.value_dim * element;
-  const double g = rows * p.value_heads * p.key_dim * size_of(p.gate_dtype),
-               beta = rows * p.value_heads * size_of(p.beta_dtype);
-  const double state =
-      static_cast<double>(s.sequences) * p.value_heads * p.key_dim * p.value_dim * size_of(p.state_dtype);
-  switch (p.operation) {
-  case Operation::gate: return g + rows * p.value_heads * p.key_dim * 4;
-  case Operation::gate_backward: return 2 * g + rows * p.value_heads * p.key_dim * 4;
-  case Operation::replay:
-    return 4 * rows * (p.heads * p.key_dim + p.value_heads * (p.key_dim + p.value_dim)) + 2 * state;
-  case Operation::backward: return 2 * (2 * q + v + g + beta) + v + 3 * state;
-  default: break;
-  }
-  const double kept =
-      p.updates ? 4 * rows * (p.heads * p.key_dim + p.value_heads * (p.key_dim + p.value_dim)) : 0;
-  const double states = p.every_state ? 1 + rows / std::max<double>(1, static_cast<double>(s.sequences))
-                        : p.tree      ? 1
-                                      : 2;
-  return 2 * q + 2 * v + g + beta + kept + states * state;
-}
-
 } // namespace
 
 Result<void*> Tuning::fitting_workspace(const CallTensors& tensors, std::size_t flush_bytes) {
@@ -125,7 +100,7 @@ void Tuning::calibrate(Bench& bench) {
   std::nth_element(fills.begin(), fills.begin() + std::ssize(fills) / 2, fills.end());
   bench.calm_us = fills[fills.size() / 2];
   if (bench.calm_us > 0)
-    head_.floor_us = compulsory_bytes(p_, s_) / (static_cast<double>(bench.flush_bytes) / bench.calm_us);
+    head_.floor_us = head_.bytes / (static_cast<double>(bench.flush_bytes) / bench.calm_us);
 }
 
 Status Tuning::sample(Contestant& c, const Bench& bench) {

@@ -6,7 +6,6 @@
 //   tune_worker.cpp  compile, check and time in a process of their own
 #include "call_tensors.h"
 #include "engine_impl.h"
-#include <chrono>
 
 namespace kda {
 
@@ -54,6 +53,7 @@ private:
   [[nodiscard]] TuneReport report() const;
   /// Whether this share of the budget is spent.
   [[nodiscard]] bool past(double share) const;
+  [[nodiscard]] double spent_seconds() const { return backend_->seconds() - began_; }
   [[nodiscard]] std::string budget_text() const;
   /// Memory that is too small for any candidate is no failure of the tuner.
   Status unless_full(const Status&);
@@ -122,10 +122,10 @@ private:
   Sizes s_;
   const TuneRequest& request_;
   bool missing_only_;
-  Variant standard_;    ///< the untuned choice
-  TuneReport head_;     ///< without rows
-  bool broken_ = false; ///< a candidate faulted in this process
-  std::chrono::steady_clock::time_point began_;
+  Variant standard_;            ///< the untuned choice
+  TuneReport head_;             ///< without rows
+  bool broken_ = false;         ///< a candidate faulted in this process
+  double began_ = 0;            ///< by the clock of the backend
   std::vector<Contestant> all_; ///< in order of the estimate, rejected ones last
 };
 

@@ -11,7 +11,7 @@ namespace kda {
 namespace {
 
 using nlohmann::json;
-constexpr int kSchema = 2;
+constexpr int kSchema = 3, kOldest = 2;
 constexpr std::array<std::string_view, 6> kStatuses{"ok",     "rejected", "wrong",
                                                     "failed", "skipped",  "faulted"};
 
@@ -39,12 +39,15 @@ void visit_head(Report& report, Visitor&& v) {
   v.text("compiler", report.compiler);
   v.text("mode", report.mode);
   v.number("floor_us", report.floor_us);
+  v.since_3("bytes", report.bytes);
+  v.since_3("flop", report.flop);
 }
 
 struct Writer {
   json& object;
   void text(const char* name, const std::string& value) { object[name] = value; }
   void number(const char* name, double value) { object[name] = value; } // not finite: dumped as null
+  void since_3(const char* name, double value) { number(name, value); }
   void count(const char* name, int value) { object[name] = value; }
   void flag(const char* name, bool value) { object[name] = value; }
 };
@@ -52,11 +55,18 @@ struct Writer {
 /// Throws what nlohmann throws for a missing member or one of another type.
 struct Reader {
   const json& object;
+  int schema;
   std::size_t members = 0;
   void text(const char* name, std::string& value) { value = at(name).get<std::string>(); }
   void number(const char* name, double& value) {
     const json& x = at(name);
     value = x.is_null() ? std::numeric_limits<double>::quiet_NaN() : x.get<double>();
+  }
+  void since_3(const char* name, double& value) {
+    if (schema >= 3)
+      number(name, value);
+    else
+      value = std::numeric_limits<double>::quiet_NaN();
   }
   void count(const char* name, int& value) { value = at(name).get<int>(); }
   void flag(const char* name, bool& value) { value = at(name).get<bool>(); }
@@ -72,9 +82,9 @@ tl::unexpected<Error> refuse(std::string why) {
   return fail(ErrorCode::invalid_argument, std::move(why));
 }
 
-Result<TuneRow> parse_row(const json& object) {
+Result<TuneRow> parse_row(const json& object, int schema) {
   TuneRow row;
-  Reader reader{object};
+  Reader reader{object, schema};
   visit(row, reader);
   if (object.size() != reader.members) return refuse("a row has members that are not known");
   if (std::find(kStatuses.begin(), kStatuses.end(), row.status) == kStatuses.end())
@@ -84,15 +94,15 @@ Result<TuneRow> parse_row(const json& object) {
   return row;
 }
 
-Result<TuneReport> parse_report(const json& object) {
+Result<TuneReport> parse_report(const json& object, int schema) {
   TuneReport report;
-  Reader reader{object};
+  Reader reader{object, schema};
   visit_head(report, reader);
   if (object.size() != reader.members + 1) return refuse("it has members that are not known");
   if (report.problem.empty() || report.bucket.empty() || report.device.empty())
     return refuse("problem, bucket and device must not be empty");
   for (const json& x : object.at("rows")) {
-    auto row = parse_row(x);
+    auto row = parse_row(x, schema);
     if (!row) return tl::unexpected(row.error());
     report.rows.push_back(std::move(*row));
   }
@@ -124,11 +134,12 @@ Result<std::vector<TuneReport>> parse_reports(std::string_view text) {
   std::vector<TuneReport> reports;
   try {
     const json all = json::parse(text);
-    if (const int schema = all.at("schema").get<int>(); schema != kSchema)
-      return refuse(
-          fmt::format("it has schema {}; this build reads {}: export the reports again", schema, kSchema));
+    const int schema = all.at("schema").get<int>();
+    if (schema < kOldest || schema > kSchema)
+      return refuse(fmt::format("it has schema {}; this build reads {} to {}: export the reports again",
+                                schema, kOldest, kSchema));
     for (const json& x : all.at("reports")) {
-      auto report = parse_report(x);
+      auto report = parse_report(x, schema);
       if (!report) return refuse(fmt::format("report {}: {}", reports.size() + 1, report.error().message));
       reports.push_back(std::move(*report));
     }

@@ -1,4 +1,5 @@
 #include "tuning_rows.h"
+#include "roofline.h"
 #include <algorithm>
 #include <fmt/format.h>
 
@@ -13,6 +14,8 @@ cache::TuningRow to_stored(const TuneReport& head, const TuneRow& r) {
   row.compiler = head.compiler;
   row.mode = head.mode;
   row.floor_us = head.floor_us;
+  row.bytes = head.bytes;
+  row.flop = head.flop;
   row.variant = r.variant;
   row.status = r.status;
   row.reason = r.reason;
@@ -40,6 +43,8 @@ TuneReport report_head(const Engine::Impl& engine, const Backend& backend, const
   head.driver = backend.driver();
   head.compiler = backend.compiler().value_or("");
   head.mode = to_string(engine.options.tune_timing);
+  head.bytes = compulsory_bytes(p, s);
+  head.flop = recurrence_flop(p, s);
   return head;
 }
 
@@ -137,9 +142,16 @@ Result<std::vector<TuneReport>> Engine::reports() const {
   for (const cache::TuningRow& row : impl_->tuning.rows()) {
     auto report = std::find_if(all.begin(), all.end(), [&](const TuneReport& r) { return same(r, row); });
     if (report == all.end())
-      report = all.insert(
-          all.end(),
-          {row.problem, row.bucket, row.device, row.driver, row.compiler, row.mode, row.floor_us, {}});
+      report = all.insert(all.end(), {row.problem,
+                                      row.bucket,
+                                      row.device,
+                                      row.driver,
+                                      row.compiler,
+                                      row.mode,
+                                      row.floor_us,
+                                      row.bytes,
+                                      row.flop,
+                                      {}});
     report->rows.push_back(from_stored(row));
   }
   return all;

@@ -27,6 +27,8 @@ static TuningRow row_of(const std::string& variant, double median) {
   row.registers = 168;
   row.shared_bytes = 98304;
   row.image = "0123";
+  row.bytes = 3e7;
+  row.flop = 2e9;
   return row;
 }
 
@@ -67,6 +69,8 @@ TEST_CASE("rows come back whole, from another connection", "[tuning]") {
   CHECK(rows[0].spread_us == 0.5);
   CHECK(rows[0].error == 1e-3);
   CHECK(rows[0].floor_us == 12);
+  CHECK(rows[0].bytes == 3e7);
+  CHECK(rows[0].flop == 2e9);
   CHECK(rows[0].registers == 168);
   CHECK(rows[0].shared_bytes == 98304);
   CHECK_FALSE(rows[0].chosen);
@@ -156,7 +160,7 @@ TEST_CASE("a database of another program or schema is not touched", "[tuning]") 
   CHECK(slurp(file).substr(100) == before.substr(100));
 }
 
-TEST_CASE("a database of schema 1 is brought up to date, and its rows stay", "[tuning]") {
+TEST_CASE("a database of schema 1 or 2 is brought up to date, and its rows stay", "[tuning]") {
   const Scratch scratch;
   const fs::path file = scratch.path() / "tuning.sqlite";
   execute(
@@ -171,6 +175,12 @@ TEST_CASE("a database of schema 1 is brought up to date, and its rows stay", "[t
       "INSERT INTO candidate VALUES('forward', 'T1 N1', 'H100', '13.0', 'nvrtc', 'cold L2, stream', 'c16',"
       "'ok', '', 20, 1, 0.001, 12, 168, 98304, 1, '2026-01-01T00:00:00Z');"
       "PRAGMA application_id = 19268; PRAGMA user_version = 1");
+  const bool second = GENERATE(false, true);
+  if (second)
+    execute(
+        file,
+        "ALTER TABLE candidate ADD COLUMN image TEXT NOT NULL DEFAULT ''; UPDATE candidate SET image = 'i';"
+        "PRAGMA user_version = 2");
   Warnings warnings;
   for (int opened = 0; opened < 2; ++opened) { // the second time it is of today
     TuningDb db(scratch.path(), warnings.sink);
@@ -180,7 +190,8 @@ TEST_CASE("a database of schema 1 is brought up to date, and its rows stay", "[t
     CHECK(row.median_us == 20);
     CHECK(row.chosen);
     CHECK(row.when == "2026-01-01T00:00:00Z");
-    CHECK(row.image.empty()); // the image of no kernel: the row counts for none
+    CHECK(row.image == (second ? "i" : "")); // empty: the image of no kernel, so the row counts for none
+    CHECK((std::isnan(row.bytes) && std::isnan(row.flop)));
     REQUIRE(db.put({row_of("c32", 18)}));
     CHECK(db.rows().size() == 2);
   }

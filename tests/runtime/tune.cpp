@@ -60,9 +60,11 @@ TEST_CASE("every candidate gets a row; the fastest is chosen and later plans use
   const Scratch scratch;
   Tuned t;
   t.times[t.other()] = 5;
+  double bytes = 0;
   {
     const Engine engine = engine_on(t.backend, scratch.path());
     const TuneReport report = t.tune(engine);
+    bytes = report.bytes;
     CHECK(report.rows.size() == enumerate(t.problem, t.backend->target()).size());
     for (const TuneRow& row : report.rows) {
       CHECK(row.status == "ok");
@@ -72,6 +74,7 @@ TEST_CASE("every candidate gets a row; the fastest is chosen and later plans use
     CHECK(chosen(report) == t.other());
     CHECK(row_of(report, t.other()).median_us == 5);
     CHECK(report.floor_us > 0);
+    CHECK(report.bytes > 0);
     CHECK(report.bucket == "T1024 N1");
   }
   const Engine later = engine_on(t.backend, scratch.path());
@@ -83,6 +86,7 @@ TEST_CASE("every candidate gets a row; the fastest is chosen and later plans use
   const auto reports = later.reports().value();
   REQUIRE(reports.size() == 1);
   CHECK(chosen(reports[0]) == t.other());
+  CHECK(reports[0].bytes == bytes);
 }
 
 TEST_CASE("rows of another driver or compiler and TuneMode::off leave the cost model's choice") {

@@ -1,15 +1,12 @@
 // What the tuner does with its time and memory, and with a device that others use or that is noisy.
 #include "tuned.h"
-#include <chrono>
 #include <cmath>
 #include <random>
 #include <set>
-#include <thread>
 
 using namespace kda;
 using namespace kda::test;
 using Catch::Matchers::Contains;
-using namespace std::chrono_literals;
 
 namespace {
 
@@ -77,23 +74,23 @@ TEST_CASE("a candidate that the budget has no time for is skipped, with the stag
     return report.rows.back().reason;
   };
   SECTION("compiling ends at half of it") {
-    t.backend->on_compile = [](const SourceUnit& unit) {
-      std::this_thread::sleep_for(600ms);
+    t.backend->on_compile = [&](const SourceUnit& unit) {
+      t.backend->clock += 0.6;
       return ScriptedBackend::image_of(unit);
     };
     options.threads = 1;
     CHECK_THAT(last(), Contains("not compiled: half of the tuning budget of 1 s was spent"));
   }
   SECTION("checking ends at three quarters") {
-    t.backend->on_launch = [](const SourceUnit&, const Launch&, const KernelArgs& a) {
-      if (a.tokens != kSizes.tokens) std::this_thread::sleep_for(400ms);
+    t.backend->on_launch = [&](const SourceUnit&, const Launch&, const KernelArgs& a) {
+      if (a.tokens != kSizes.tokens) t.backend->clock += 0.4;
       return compute(a);
     };
     CHECK_THAT(last(), Contains("not checked: three quarters of the tuning budget of 1 s was spent"));
   }
   SECTION("timing ends at all of it") {
-    t.backend->on_launch = [](const SourceUnit&, const Launch&, const KernelArgs& a) {
-      if (a.tokens == kSizes.tokens) std::this_thread::sleep_for(600ms);
+    t.backend->on_launch = [&](const SourceUnit&, const Launch&, const KernelArgs& a) {
+      if (a.tokens == kSizes.tokens) t.backend->clock += 0.6;
       return compute(a);
     };
     CHECK_THAT(last(), Contains("not timed: the tuning budget of 1 s was spent"));
@@ -105,7 +102,7 @@ TEST_CASE("a kernel that takes half of the budget a launch still gets a sample")
   EngineOptions options = options_on(t.backend);
   options.tune_budget_seconds = 1;
   Timed timed(t);
-  timed.on_call = [](const std::string&) { std::this_thread::sleep_for(500ms); };
+  timed.on_call = [&](const std::string&) { t.backend->clock += 0.5; };
   t.times[t.standard] = 1e5;
   const TuneReport report = t.tune(Engine::create(options).value());
   CHECK(row_of(report, t.standard).status == "ok");
@@ -119,7 +116,7 @@ TEST_CASE("a kernel that takes more than the budget is launched once, and that i
   EngineOptions options = options_on(t.backend);
   options.tune_budget_seconds = 0.2;
   Timed timed(t);
-  timed.on_call = [](const std::string&) { std::this_thread::sleep_for(300ms); };
+  timed.on_call = [&](const std::string&) { t.backend->clock += 0.3; };
   const TuneReport report = t.tune(Engine::create(options).value());
   CHECK(row_of(report, t.standard).median_us == 10);
   CHECK(timed.count[t.standard] == 1);

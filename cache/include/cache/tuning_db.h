@@ -20,8 +20,9 @@ struct TuningRow {
   double median_us = 0, spread_us = 0, error = 0, floor_us = 0;
   int registers = 0, shared_bytes = 0;
   bool chosen = false;
-  std::string when;  ///< UTC, ISO 8601; empty: put takes the time
-  std::string image; ///< digest of the cache entry that was measured; empty in rows of schema 1
+  std::string when;           ///< UTC, ISO 8601; empty: put takes the time
+  std::string image;          ///< digest of the cache entry that was measured; empty in rows of schema 1
+  double bytes = 0, flop = 0; ///< that a call of the problem takes at least; NaN in rows of schema 1 and 2
 };
 
 class TuningDb {

@@ -36,15 +36,17 @@ struct TuneRow {
 
 struct TuneReport {
   std::string problem, bucket, device, driver, compiler, mode;
-  double floor_us = 0; ///< compulsory bytes over the device's copy bandwidth
+  double floor_us = 0; ///< `bytes` over the rate at which the device fills memory, as measured
+  double bytes = 0;    ///< compulsory: every input read once, every output written once. NaN: unknown
+  double flop = 0;     ///< of the recurrence, token by token; 0 where there is next to none. NaN: unknown
   std::vector<TuneRow> rows;
 };
 
-/// {"schema": 2, "reports": [{"problem", ..., "rows": [{"variant", ...}]}]}: the members above by name.
+/// {"schema": 3, "reports": [{"problem", ..., "rows": [{"variant", ...}]}]}: the members above by name.
 /// Numbers that are not finite become null.
 [[nodiscard]] std::string write_reports(const std::vector<TuneReport>&);
-/// The inverse. invalid_argument, with the place, for anything else: another schema, a missing or unknown
-/// member, a status or a variant that does not exist.
+/// The inverse; also of schema 2, which lacks `bytes` and `flop`. invalid_argument, with the place, for
+/// anything else: another schema, a missing or unknown member, a status or a variant that does not exist.
 [[nodiscard]] Result<std::vector<TuneReport>> parse_reports(std::string_view json);
 /// The reports of a file; the error names it.
 [[nodiscard]] Result<std::vector<TuneReport>> read_reports(const std::filesystem::path& file);
