@@ -1,7 +1,8 @@
-// Threads on one store. Meant to be run under ThreadSanitizer too (preset tsan).
+// Threads on one store. They run under ThreadSanitizer too (test_cache_threads).
 #include "atomic_file.h"
 #include "cache/tuning_db.h"
 #include "scratch.h"
+#include <algorithm>
 #include <atomic>
 #include <barrier>
 #include <catch2/catch.hpp>
@@ -51,6 +52,32 @@ TEST_CASE("24 threads on distinct keys, with everything else at the same time", 
   CHECK(warnings == kKeys); // the discards
   CHECK(store.stats().entries == (kThreads - 1) * kKeys);
   CHECK(db.rows().size() == kThreads * kKeys);
+}
+
+TEST_CASE("24 threads on one key share one make, and all have its entry", "[threads]") {
+  const Scratch scratch;
+  Store store({.directory = scratch.path()});
+  constexpr int kKeys = 20;
+  std::barrier start(kThreads);
+  std::atomic<int> made = 0;
+  std::vector<std::vector<std::shared_ptr<const Entry>>> seen(kKeys);
+  for (auto& entries : seen)
+    entries.resize(kThreads);
+  on_threads([&](int t) {
+    for (std::size_t key = 0; key < kKeys; ++key) {
+      start.arrive_and_wait();
+      seen[key][static_cast<std::size_t>(t)] = store.get_or_make(key_of(std::to_string(key)), [&] {
+        ++made;
+        return entry_of(std::to_string(key));
+      });
+    }
+  });
+  CHECK(made == kKeys);
+  for (std::size_t key = 0; key < kKeys; ++key) {
+    REQUIRE(seen[key][0]);
+    CHECK(seen[key][0]->payload == std::to_string(key));
+    CHECK(std::count(seen[key].begin(), seen[key].end(), seen[key][0]) == kThreads);
+  }
 }
 
 TEST_CASE("temporary files of threads never share a name", "[threads]") {
