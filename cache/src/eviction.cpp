@@ -27,6 +27,13 @@ std::optional<File> examine(const fs::path& path) {
   return File{path, used, std::max(blocks, static_cast<std::uint64_t>(status.st_size))};
 }
 
+/// What the file system's clock says, which the times of its files are by: a server's may differ from ours.
+Clock::time_point now_of(const fs::path& file) {
+  if (::utimensat(AT_FDCWD, file.c_str(), nullptr, 0) == 0)
+    if (const auto touched = examine(file)) return touched->used;
+  return Clock::now();
+}
+
 bool removed(const fs::path& path) {
   std::error_code error; // of another user: it stays
   return fs::remove(path, error);
@@ -36,7 +43,8 @@ bool removed(const fs::path& path) {
 
 void mark_used(const fs::path& entry) {
   const auto file = examine(entry);
-  if (file && Clock::now() - file->used > std::chrono::minutes(1))
+  // In either direction: a time to come is of another clock, or of ours before it was set right.
+  if (file && std::chrono::abs(Clock::now() - file->used) > kNoted)
     (void)::utimensat(AT_FDCWD, entry.c_str(), nullptr, 0);
 }
 
@@ -46,7 +54,7 @@ PruneReport evict(const Folder& folder, std::uint64_t limit) {
   // Without locks two may do it at once: each file is removed once all the same.
   if (!lock && lock.error().cause == FileLock::kTimedOut) return report;
   const Folder::Listing listing = folder.list();
-  const auto now = Clock::now();
+  const auto now = now_of(folder.lock_file());
   for (const fs::path& path : listing.temporaries)
     if (const auto file = examine(path); file && now - file->used > kInterrupted && removed(path))
       ++report.interrupted;
@@ -59,7 +67,9 @@ PruneReport evict(const Folder& folder, std::uint64_t limit) {
   if (limit == 0 || report.bytes <= limit) return report;
   std::sort(files.begin(), files.end(), [](const File& a, const File& b) { return a.used < b.used; });
   for (const File& file : files) {
-    if (report.bytes <= limit - limit / 16 || now - file.used < kInUse) break;
+    if (report.bytes <= limit - limit / 16 || now - file.used < kInUse + kNoted) break;
+    // Again: somebody may have used or written it since the listing, which takes a while for many.
+    if (const auto today = examine(file.path); today && today->used != file.used) continue;
     if (!removed(file.path)) continue;
     ++report.removed;
     report.freed += file.bytes;

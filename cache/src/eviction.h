@@ -10,10 +10,12 @@ namespace kda::cache {
 /// What was written or used within this time is in use and stays, whatever the limit: another rank may be
 /// about to read it.
 inline constexpr std::chrono::minutes kInUse{5};
+/// A use is noted when the last note is older than this, so the note may lag behind the use by as much.
+inline constexpr std::chrono::minutes kNoted{1};
 /// An older temporary file has no writer any more.
 inline constexpr std::chrono::hours kInterrupted{1};
 
-/// Notes that the entry is used now. Only when the last note is older than a minute, so that a hit is seldom
+/// Notes that the entry is used now. Only when the last note is older than kNoted, so that a hit is seldom
 /// a write. Where it cannot be written nothing happens.
 void mark_used(const std::filesystem::path& entry);
 

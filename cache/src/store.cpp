@@ -3,12 +3,12 @@
 #include "file_lock.h"
 #include "folder.h"
 #include "hash.h"
+#include "memory_layer.h"
 #include "pack.h"
 #include <chrono>
 #include <condition_variable>
 #include <fmt/format.h>
 #include <mutex>
-#include <unordered_map>
 #include <unordered_set>
 
 namespace kda::cache {
@@ -33,8 +33,8 @@ struct Store::Impl {
 
   std::mutex mutex; // guards everything below; never held during disk work or a make
   std::condition_variable idle;
-  std::unordered_map<std::string, std::shared_ptr<const Entry>> memory; // by manifest
-  std::unordered_set<std::string> busy;                                 // manifests that a thread is making
+  MemoryLayer memory;
+  std::unordered_set<std::string> busy;    // manifests that a thread is making
   std::unordered_set<std::string> refused; // manifests whose files a loader refused: not read again
   std::unordered_set<std::string> warned;  // causes
   StoreStats counts;
@@ -83,11 +83,11 @@ bool Store::Impl::warn(const Fault& fault) {
 
 std::shared_ptr<const Entry> Store::Impl::from_memory(const KeyManifest& key, Source* source) {
   const std::lock_guard lock(mutex);
-  const auto found = memory.find(key.text());
-  if (found == memory.end()) return nullptr;
+  auto found = memory.find(key.text());
+  if (!found) return nullptr;
   ++counts.memory_hits;
   if (source) *source = Source::memory;
-  return found->second;
+  return found;
 }
 
 std::shared_ptr<const Entry> Store::Impl::from_disk(const KeyManifest& key, Source* source) {
@@ -103,7 +103,10 @@ std::shared_ptr<const Entry> Store::Impl::from_disk(const KeyManifest& key, Sour
     if (!loaded || !*loaded) return nullptr;
     ++hits;
     if (source) *source = where;
-    return memory.try_emplace(key.text(), std::make_shared<const Entry>(*std::move(*loaded))).first->second;
+    if (auto before = memory.find(key.text())) return before; // of another thread
+    auto entry = std::make_shared<const Entry>(*std::move(*loaded));
+    memory.put(key.text(), entry);
+    return entry;
   };
   if (user)
     if (auto entry = look(*user, Source::disk, counts.disk_hits)) {
@@ -143,7 +146,7 @@ std::shared_ptr<const Entry> Store::Impl::keep(const KeyManifest& key, Entry ent
   auto kept = std::make_shared<const Entry>(std::move(entry));
   {
     const std::lock_guard lock(mutex);
-    memory[key.text()] = kept;
+    memory.put(key.text(), kept);
   }
   if (!user) return kept;
   if (auto published = user->publish(key, *kept); !published) {
@@ -172,6 +175,7 @@ void Store::Impl::hold_limit(std::uint64_t published) {
 
 Store::Store(StoreOptions options) : impl_(std::make_unique<Impl>()) {
   impl_->options = std::move(options);
+  impl_->memory = MemoryLayer(impl_->options.max_memory_bytes);
   for (const fs::path& directory : impl_->options.read_only)
     impl_->read_only.emplace_back(directory);
   for (const fs::path& file : impl_->options.packs) {
@@ -319,13 +323,13 @@ tl::expected<PackInfo, std::string> Store::pack(const fs::path& file, const Pack
     seen.insert(digest);
     all.push_back(std::move(entry));
   };
-  std::unordered_map<std::string, std::shared_ptr<const Entry>> memory;
+  std::list<MemoryLayer::Kept> memory;
   {
     const std::lock_guard lock(impl_->mutex);
-    memory = impl_->memory;
+    memory = impl_->memory.all();
   }
-  for (const auto& [manifest, entry] : memory)
-    if (wanted(hex_digest(manifest))) take({manifest, *entry});
+  for (const auto& kept : memory)
+    if (wanted(hex_digest(kept.manifest))) take({kept.manifest, *kept.entry});
   std::vector<const Folder*> folders;
   if (impl_->user) folders.push_back(&*impl_->user);
   for (const Folder& folder : impl_->read_only)

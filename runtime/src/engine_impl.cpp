@@ -101,6 +101,7 @@ cache::StoreOptions store_options(const EngineOptions& o) {
   s.read_only = o.read_only_caches;
   s.packs = o.cache_packs;
   s.max_bytes = o.cache_max_bytes;
+  s.max_memory_bytes = o.cache_memory_bytes;
   s.warn = [log = o.log](const std::string& text) {
     if (log)
       log(text);

@@ -88,6 +88,7 @@ std::vector<EnvironmentVariable> environment_variables() {
       {"KDA_JIT_CACHE_READONLY_DIRS", "further caches that are only read, separated by colons"},
       {"KDA_JIT_CACHE_PACKS", "files of `kda-jit cache pack`, read after the caches, separated by colons"},
       {"KDA_JIT_CACHE_MAX_MB", "megabytes of disk that the cache may take (default: 1024; 0: no limit)"},
+      {"KDA_JIT_CACHE_MEMORY_MB", "megabytes of images kept in memory (default: 256; 0: no limit)"},
       {"KDA_JIT_TUNE", "off, cached (default), on, force or pinned"},
       {"KDA_JIT_TUNE_PINS", "files of `kda-jit report --json` that pinned takes, separated by colons"},
       {"KDA_JIT_TUNE_BUDGET_MS", "milliseconds that tuning one problem may take (default: 30000)"},
@@ -113,6 +114,11 @@ Result<EngineOptions> EngineOptions::from_environment(bool strict) {
     const auto bytes = megabytes("KDA_JIT_CACHE_MAX_MB", *text);
     if (!bytes) return tl::unexpected(bytes.error());
     options.cache_max_bytes = *bytes;
+  }
+  if (const auto text = variable("KDA_JIT_CACHE_MEMORY_MB")) {
+    const auto bytes = megabytes("KDA_JIT_CACHE_MEMORY_MB", *text);
+    if (!bytes) return tl::unexpected(bytes.error());
+    options.cache_memory_bytes = *bytes;
   }
   if (const auto text = variable("KDA_JIT_TUNE")) {
     const auto mode = parse_tune_mode(*text);
@@ -173,6 +179,7 @@ std::vector<std::string> worker_environment(const EngineOptions& o, const std::f
   add("KDA_JIT_CACHE_READONLY_DIRS", joined(o.read_only_caches));
   add("KDA_JIT_CACHE_PACKS", joined(o.cache_packs));
   add("KDA_JIT_CACHE_MAX_MB", static_cast<double>(o.cache_max_bytes) / 0x1p20);
+  add("KDA_JIT_CACHE_MEMORY_MB", static_cast<double>(o.cache_memory_bytes) / 0x1p20);
   add("KDA_JIT_TUNE_BUDGET_MS", budget_seconds * 1e3);
   add("KDA_JIT_TUNE_MEMORY_MB", static_cast<double>(o.tune_memory_bytes) / 0x1p20);
   add("KDA_JIT_TUNE_TIMING",

@@ -185,3 +185,50 @@ TEST_CASE("a cache directory removed under a running store is made again", "[sto
   CHECK(store.stats().entries == 1);
   CHECK(warnings == 0);
 }
+
+TEST_CASE("beyond the memory limit the entries used longest ago are read from disk again", "[layers]") {
+  const Scratch scratch;
+  const auto image = [](const std::string& name) { return entry_of(std::string(1000, name[0])); };
+  Store store({.directory = scratch.path(), .max_memory_bytes = 3500});
+  const auto source_of = [&](const std::string& name) {
+    Source source = Source::made;
+    CHECK(store.get(key_of(name), &source)->payload == image(name).payload);
+    return source;
+  };
+  for (const char* name : {"a", "b", "c"})
+    (void)store.get_or_make(key_of(name), [&] { return image(name); });
+  CHECK(source_of("a") == Source::memory);  // now b was used longest ago
+  const auto held = store.get(key_of("b")); // as a kernel would
+  REQUIRE(source_of("a") == Source::memory);
+  REQUIRE(source_of("c") == Source::memory);
+  (void)store.get_or_make(key_of("d"), [&] { return image("d"); });
+  CHECK(held->payload == image("b").payload);
+  CHECK(source_of("a") == Source::memory);
+  CHECK(source_of("b") == Source::disk); // and c goes
+  CHECK(source_of("c") == Source::disk);
+}
+
+TEST_CASE("one entry above the memory limit is kept until there is another; without a disk it is made again",
+          "[layers]") {
+  Store store({.max_memory_bytes = 1});
+  int made = 0;
+  const auto make = [&](const char* name) {
+    return store.get_or_make(key_of(name), [&] {
+      ++made;
+      return entry_of(name);
+    });
+  };
+  CHECK(make("a") == make("a"));
+  CHECK(made == 1);
+  (void)make("b");
+  CHECK(make("a")->payload == "a");
+  CHECK(made == 3);
+}
+
+TEST_CASE("a memory limit of none keeps all", "[layers]") {
+  Store store({});
+  for (int i = 0; i < 100; ++i)
+    (void)store.get_or_make(key_of(std::to_string(i)), [] { return entry_of(std::string(1000, 'x')); });
+  for (int i = 0; i < 100; ++i)
+    CHECK(store.get_or_make(key_of(std::to_string(i)), never_made));
+}

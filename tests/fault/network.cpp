@@ -5,6 +5,7 @@
 #include "shim.h"
 #include <catch2/catch.hpp>
 #include <cerrno>
+#include <utility>
 
 using namespace kda::cache;
 using namespace kda::cache::test;
@@ -109,4 +110,59 @@ TEST_CASE("a pack whose handle goes stale while it is open is a miss, and so is 
   Store well(options);
   CHECK(make(well, "made", source)->payload == "packed");
   CHECK(source == Source::pack);
+}
+
+// What is in use stays: eviction on a file system that others use at the same time and that has its own
+// clock.
+namespace {
+
+void fill(const Scratch& scratch, int count, std::chrono::minutes last_used) {
+  Store store({.directory = scratch.path()});
+  for (int i = 0; i < count; ++i) {
+    const auto key = key_of(std::to_string(i));
+    (void)store.get_or_make(key, [] { return entry_of(std::string(10000, 'x')); });
+    fs::last_write_time(file_of(scratch.path(), key),
+                        fs::file_time_type::clock::now() - last_used + std::chrono::seconds(i));
+  }
+}
+bool there(const Scratch& scratch, int number) {
+  return fs::exists(file_of(scratch.path(), key_of(std::to_string(number))));
+}
+
+} // namespace
+
+TEST_CASE("an entry that is used or replaced while others are evicted stays", "[fault]") {
+  const Scratch scratch;
+  fill(scratch, 4, std::chrono::minutes(60));
+  Store store({.directory = scratch.path()});
+  bool first = true;
+  const OnRemove meanwhile([&](const std::string&) {
+    if (!std::exchange(first, false)) return;
+    (void)Store({.directory = scratch.path()}).get(key_of("2")); // another process
+    fs::last_write_time(file_of(scratch.path(), key_of("3")), fs::file_time_type::clock::now());
+  });
+  CHECK(store.prune(1).removed == 2);
+  CHECK_FALSE(first);
+  for (int i = 0; i < 4; ++i)
+    CHECK(there(scratch, i) == (i >= 2));
+}
+
+TEST_CASE("what is in use is told by the clock of the file system, not by this machine's", "[fault]") {
+  const Scratch scratch;
+  const auto ahead = std::chrono::minutes(GENERATE(-20, 20));
+  const FileClock clock(ahead);
+  Store store({.directory = scratch.path()});
+  fill(scratch, 1, std::chrono::minutes(4) - ahead); // four minutes ago there
+  CHECK(store.prune(1).removed == 0);
+  fill(scratch, 1, std::chrono::minutes(8) - ahead);
+  CHECK(store.prune(1).removed == 1);
+}
+
+TEST_CASE("a hit is noted whichever way the clock of the file system is off", "[fault]") {
+  const Scratch scratch;
+  const auto ahead = std::chrono::minutes(GENERATE(-20, 0, 20));
+  const FileClock clock(ahead);
+  fill(scratch, 1, std::chrono::minutes(8) - ahead);
+  REQUIRE(Store({.directory = scratch.path()}).get(key_of("0")));
+  CHECK(Store({.directory = scratch.path()}).prune(1).removed == 0);
 }

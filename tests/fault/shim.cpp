@@ -2,8 +2,10 @@
 #include <cerrno>
 #include <cstdarg>
 #include <cstdio>
+#include <ctime>
 #include <fcntl.h>
 #include <string_view>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <utility>
@@ -12,6 +14,8 @@ namespace kda::cache::test {
 namespace {
 std::map<Call, int> failing_errors;
 int failures = 0;
+std::function<void(const std::string&)> before_remove;
+std::chrono::seconds clock_ahead{0};
 
 bool refuse(Call call) {
   const auto found = failing_errors.find(call);
@@ -39,6 +43,20 @@ int Failing::count() const {
   return failures;
 }
 
+OnRemove::OnRemove(std::function<void(const std::string&)> before) {
+  before_remove = std::move(before);
+}
+OnRemove::~OnRemove() {
+  before_remove = nullptr;
+}
+
+FileClock::FileClock(std::chrono::seconds ahead) {
+  clock_ahead = ahead;
+}
+FileClock::~FileClock() {
+  clock_ahead = {};
+}
+
 } // namespace kda::cache::test
 
 using namespace kda::cache::test;
@@ -49,6 +67,24 @@ int rename(const char* from, const char* to) noexcept {
   if (refuse(Call::rename)) return -1;
   const auto done = static_cast<int>(::syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0));
   return refuse(Call::rename_done) ? -1 : done;
+}
+
+int remove(const char* path) noexcept {
+  if (before_remove) before_remove(path);
+  const auto done = ::syscall(SYS_unlinkat, AT_FDCWD, path, 0);
+  return static_cast<int>(done != 0 && errno == EISDIR ? ::syscall(SYS_unlinkat, AT_FDCWD, path, AT_REMOVEDIR)
+                                                       : done);
+}
+
+int utimensat(int folder, const char* path, const timespec* times, int flags) noexcept {
+  timespec now[2] = {};
+  if (times == nullptr && clock_ahead.count() != 0) {
+    ::clock_gettime(CLOCK_REALTIME, now);
+    now[0].tv_sec += clock_ahead.count();
+    now[1] = now[0];
+    times = now;
+  }
+  return static_cast<int>(::syscall(SYS_utimensat, folder, path, times, flags));
 }
 
 int open(const char* path, int flags, ...) {

@@ -33,15 +33,17 @@ TEST_CASE("every variable reaches its option") {
   const Variable a("KDA_JIT_CACHE_DIR", "/a b"), b("KDA_JIT_CACHE_READONLY_DIRS", "/x::/y"),
       c("KDA_JIT_TUNE", "force"), d("KDA_JIT_TUNE_BUDGET_MS", "1500"), e("KDA_JIT_THREADS", "3"),
       f("KDA_JIT_NVRTC", "/lib/nvrtc"), g("KDA_JIT_CACHE_MAX_MB", "1.5"),
-      h("KDA_JIT_TUNE_PINS", "/p q.json:/r.json"), i("KDA_JIT_TUNE_MEMORY_MB", "64"),
-      j("KDA_JIT_TUNE_TIMING", "warm-graph"), k("KDA_JIT_TUNE_WORKER", "/bin/kda-jit"),
-      l("KDA_JIT_CACHE_PACKS", "/a b.kdapack:/c.kdapack"), m("KDA_JIT_DUMP", "/d d");
+      memory("KDA_JIT_CACHE_MEMORY_MB", "3"), h("KDA_JIT_TUNE_PINS", "/p q.json:/r.json"),
+      i("KDA_JIT_TUNE_MEMORY_MB", "64"), j("KDA_JIT_TUNE_TIMING", "warm-graph"),
+      k("KDA_JIT_TUNE_WORKER", "/bin/kda-jit"), l("KDA_JIT_CACHE_PACKS", "/a b.kdapack:/c.kdapack"),
+      m("KDA_JIT_DUMP", "/d d");
   const auto options = EngineOptions::from_environment().value();
   CHECK(options.cache_directory == std::filesystem::path("/a b"));
   CHECK(options.read_only_caches == std::vector<std::filesystem::path>{"/x", "/y"});
   CHECK(options.cache_packs == std::vector<std::filesystem::path>{"/a b.kdapack", "/c.kdapack"});
   CHECK(options.dump_directory == std::filesystem::path("/d d"));
   CHECK(options.cache_max_bytes == 1536 * 1024);
+  CHECK(options.cache_memory_bytes == 3 << 20U);
   CHECK(options.tune == TuneMode::force);
   CHECK(options.tune_budget_seconds == 1.5);
   CHECK(options.threads == 3);
@@ -69,6 +71,7 @@ TEST_CASE("a malformed value is an error that names the variable and the choices
   check_refused("KDA_JIT_TUNE_BUDGET_MS", "-1", "not negative");
   check_refused("KDA_JIT_TUNE_BUDGET_MS", "nan", "not negative");
   check_refused("KDA_JIT_CACHE_MAX_MB", "1G", "number");
+  check_refused("KDA_JIT_CACHE_MEMORY_MB", "-1", "number");
   check_refused("KDA_JIT_TUNE_MEMORY_MB", "much", "number");
   check_refused("KDA_JIT_TUNE_TIMING", "cold", "cold-eager, cold-graph, warm-eager or warm-graph");
   check_refused("KDA_JIT_THREADS", "two", "number");

@@ -32,6 +32,7 @@ struct StoreOptions {
   double lock_wait_seconds = 120;                    ///< then a waiter makes its own
   std::uint64_t max_bytes =
       0; ///< of the user directory; publishing then removes what was least used. 0: none
+  std::uint64_t max_memory_bytes = 0; ///< of the entries at hand; what was least used is read again. 0: none
 };
 
 struct StoreStats {
@@ -72,7 +73,7 @@ public:
   /// Every entry of the user directory and of the packs; nothing is removed from a pack.
   [[nodiscard]] VerifyReport verify(bool remove_bad);
   /// Removes entries least recently used until the user directory takes at most `max_bytes` of disk (0: no
-  /// limit), except what was written or used in the last five minutes, and files of interrupted writes.
+  /// limit), except what is in use (docs/cache.md, Size), and files of interrupted writes.
   PruneReport prune(std::uint64_t max_bytes);
   /// Removes every entry (not the tuning rows); returns how many.
   std::int64_t clear();

@@ -136,6 +136,8 @@ struct EngineOptions {
   std::vector<std::filesystem::path> read_only_caches;
   std::vector<std::filesystem::path> cache_packs; ///< files of `kda-jit cache pack` or precompile --pack
   std::uint64_t cache_max_bytes = std::uint64_t{1} << 30U; ///< of the directory; 0: no limit
+  /// Of images and sources kept in memory beside the loaded kernels, which it does not touch; 0: no limit.
+  std::uint64_t cache_memory_bytes = std::uint64_t{256} << 20U;
   TuneMode tune = TuneMode::cached;
   double tune_budget_seconds =
       30; ///< of one tune: compile until half, check until 3/4, time until all is spent
