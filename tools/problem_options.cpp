@@ -69,6 +69,10 @@ Status read_fields(const nlohmann::json& object, ProblemOptions& o) {
       o.updates = value.get<bool>();
     else if (key == "tree")
       o.tree = value.get<bool>();
+    else if (key == "interior_states")
+      o.interior_states = value.get<bool>();
+    else if (key == "batch_invariant")
+      o.batch_invariant = value.get<bool>();
     else
       return fail(ErrorCode::invalid_argument, fmt::format("unknown key '{}' in a problem", key));
   }
@@ -100,6 +104,9 @@ void ProblemOptions::add_to(CLI::App& app) {
   app.add_flag("--every-state", every_state, "recurrent with a pool: keep the state after every token");
   app.add_flag("--updates", updates, "recurrent: keep u, k and decay of every token, for replay");
   app.add_flag("--tree", tree, "recurrent with updates, replay: tokens continue from a parent");
+  app.add_flag("--interior-states", interior_states, "forward: keep states within the sequences, too");
+  app.add_flag("--batch-invariant", batch_invariant,
+               "forward: one variant for all sizes, the same bits in any batch");
   app.add_option("--batch", batch, "B")->capture_default_str();
   app.add_option("--tokens", tokens, "T of a batch row, or all tokens when packed")->capture_default_str();
   app.add_option("--sequences", sequences, "N when packed (default: B)");
@@ -133,6 +140,8 @@ Result<Problem> ProblemOptions::problem() const {
   p.every_state = every_state;
   p.updates = updates;
   p.tree = tree;
+  p.interior_states = interior_states;
+  p.batch_invariant = batch_invariant;
   if (const Status ok = validate(p); !ok) return tl::unexpected(ok.error());
   return p;
 }

@@ -13,7 +13,8 @@ struct ProblemOptions {
               state_layout = "v_k", gate = "bounded", cu_seqlens = "int64";
   int heads = 32, value_heads = 0, key_dim = 128, value_dim = 128;
   bool dt_bias = false, beta_sigmoid = false, beta_times_two = false, qk_l2norm = false, varlen = false,
-       state_pool = false, every_state = false, updates = false, tree = false;
+       state_pool = false, every_state = false, updates = false, tree = false, interior_states = false,
+       batch_invariant = false;
   std::int64_t batch = 1, tokens = 8192, sequences = 0;
 
   void add_to(CLI::App& app);

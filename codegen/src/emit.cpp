@@ -42,9 +42,10 @@ struct Config {{
   static constexpr bool varlen = {varlen}, backward = {backward};
   static constexpr bool state_v_k = {v_k};
   static constexpr bool pool = {pool}, replay = {replay};
-  static constexpr bool every_state = {every_state}, updates = {updates}, tree = {tree};
+  static constexpr bool every_state = {every_state}, updates = {updates}, tree = {tree},
+                        interior_states = {interior_states};
   static constexpr int chunk = {chunk}, value_tile = {value_tile}, prepare_warps = {prepare_warps}, scan_warps = {scan_warps},
-                       rows = {rows}, stages = {stages}, lanes = {lanes};
+                       rows = {rows}, stages = {stages}, lanes = {lanes}, segments = {segments};
   static constexpr bool streaming = {streaming}, overlap = {overlap};
 }};
 
@@ -56,14 +57,15 @@ struct Config {{
       fmt::arg("index", p.cu_seqlens_type == IndexType::int32 ? "int" : "i64"), fmt::arg("k", p.key_dim),
       fmt::arg("pool", p.state_pool), fmt::arg("replay", p.operation == Operation::replay),
       fmt::arg("every_state", p.every_state), fmt::arg("updates", p.updates), fmt::arg("tree", p.tree),
-      fmt::arg("v", p.value_dim), fmt::arg("group", p.value_heads / p.heads),
-      fmt::arg("gate", to_string(p.gate)), fmt::arg("dt_bias", p.dt_bias),
-      fmt::arg("sigmoid", p.beta_sigmoid), fmt::arg("twice", p.beta_times_two), fmt::arg("norm", p.qk_l2norm),
-      fmt::arg("varlen", p.varlen), fmt::arg("backward", p.operation == Operation::backward),
+      fmt::arg("interior_states", p.interior_states), fmt::arg("v", p.value_dim),
+      fmt::arg("group", p.value_heads / p.heads), fmt::arg("gate", to_string(p.gate)),
+      fmt::arg("dt_bias", p.dt_bias), fmt::arg("sigmoid", p.beta_sigmoid),
+      fmt::arg("twice", p.beta_times_two), fmt::arg("norm", p.qk_l2norm), fmt::arg("varlen", p.varlen),
+      fmt::arg("backward", p.operation == Operation::backward),
       fmt::arg("v_k", p.state_layout == StateLayout::v_k), fmt::arg("chunk", v.chunk),
       fmt::arg("value_tile", v.value_tile), fmt::arg("prepare_warps", v.prepare_warps),
       fmt::arg("scan_warps", v.scan_warps), fmt::arg("rows", v.rows), fmt::arg("stages", v.stages),
-      fmt::arg("lanes", v.lanes), fmt::arg("streaming", v.streaming != 0),
+      fmt::arg("lanes", v.lanes), fmt::arg("segments", v.segments), fmt::arg("streaming", v.streaming != 0),
       fmt::arg("overlap", v.overlap != 0));
 }
 
@@ -140,7 +142,7 @@ Result<SourceUnit> emit(const Problem& p, const Variant& v, const Target& t) {
   const auto main = templates::find(unit.name);
   if (!main) return fail(ErrorCode::internal, fmt::format("template '{}' does not exist", unit.name));
   unit.main = std::string(*main);
-  unit.entries = family.entries(p);
+  unit.entries = family.entries(p, v);
   std::set<std::string> seen{"config.cuh"};
   const std::string config = config_header(p, v); // not a reference into `files`, which grows
   unit.files.push_back({"config.cuh", config});

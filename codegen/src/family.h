@@ -7,7 +7,7 @@ namespace kda {
 
 struct Family {
   const char* source; ///< template under templates/cuda, e.g. "recurrent.cu"
-  std::vector<std::string> (*entries)(const Problem&);
+  std::vector<std::string> (*entries)(const Problem&, const Variant&);
   /// Appends every variant, rejected ones with their reason.
   void (*enumerate)(const Problem&, const Target&, std::vector<Candidate>&);
   LaunchList (*launches)(const Problem&, const Variant&, const Target&, const Sizes&);

@@ -45,7 +45,7 @@ std::string reject(const Problem& p, const Target& t, const Variant& v) {
                        {prepare_shared(p, v), scan_shared(p, v), gradient_shared(p, v)});
 }
 
-std::vector<std::string> kernel_entries(const Problem&) {
+std::vector<std::string> kernel_entries(const Problem&, const Variant&) {
   return {"kda_prepare",         "kda_backward_scan",  "kda_backward_gradients",
           "kda_backward_reduce", "kda_backward_group", "kda_schedule"};
 }

@@ -22,7 +22,7 @@ std::string reject(const Problem& p, const Target& t, const Variant& v) {
   return reject_limits(t, scan_registers(p, v), kMostRegisters, {prepare_shared(p, v), scan_shared(p, v)});
 }
 
-std::vector<std::string> kernel_entries(const Problem& p) {
+std::vector<std::string> kernel_entries(const Problem& p, const Variant&) {
   if (p.varlen) return {"kda_forward_prepare", "kda_forward_scan", "kda_schedule"};
   return {"kda_forward_prepare", "kda_forward_scan"};
 }

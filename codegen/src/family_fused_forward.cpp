@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kChunk = 16, kThreads = 512, kAttempts = 9;
 constexpr int kDim = 128; // K and V
+constexpr int kMergeThreads = 256, kMergeRows = 16;
+constexpr int kLeastSegment = 4; // chunks
 
 int shared_bytes(const Variant& v) {
   const int tile = kChunk * kDim * 2;
@@ -29,32 +31,50 @@ std::string reject(const Problem& p, const Target& t, const Variant& v) {
   return {};
 }
 
-std::vector<std::string> kernel_entries(const Problem&) {
+std::vector<std::string> kernel_entries(const Problem&, const Variant& v) {
+  if (v.segments > 1)
+    return {"kda_forward_fused", "kda_forward_summary", "kda_forward_repair", "kda_forward_merge"};
   return {"kda_forward_fused"};
 }
 
 void variants(const Problem& p, const Target& t, std::vector<Candidate>& all) {
-  for (const int stages : {10}) {
+  for (const int segments : {0, 3, 4, 8, 16}) {
     Variant v;
     v.algorithm = Algorithm::fused;
     v.chunk = kChunk;
     v.value_tile = kDim;
     v.prepare_warps = 7;
     v.scan_warps = 8;
-    v.stages = stages;
+    v.stages = 10;
+    v.segments = segments;
     all.push_back({v, reject(p, t, v)});
   }
 }
 
-/// A CTA a sequence and value head; packed, one more sequence zeros what lies behind the last.
+/// A CTA a sequence, value head and segment; packed, one more a value head zeros what lies behind the last
+/// sequence.
 LaunchList launch_list(const Problem& p, const Variant& v, const Target&, const Sizes& s) {
   LaunchList list;
-  list.add(0, (s.sequences + (p.varlen ? 1 : 0)) * p.value_heads, kThreads, shared_bytes(v));
+  const std::int64_t units = s.sequences * p.value_heads, segments = std::max(v.segments, 1);
+  if (segments > 1) list.add(1, units * (2 * segments - 3), kThreads, shared_bytes(v));
+  if (segments > 2) list.add(3, units * (kDim / kMergeRows), kMergeThreads, kMergeRows * kDim * 4);
+  list.add(0, units * segments + (p.varlen ? p.value_heads : 0), kThreads, shared_bytes(v));
+  if (segments > 1) list.add(2, units, kThreads, shared_bytes(v));
   return list;
 }
 
-WorkspaceLayout buffers(const Problem&, const Variant&, const Sizes&) {
-  return {};
+/// Slots 2 to 4, of stages/segments.cuh: starts, transitions, marks.
+WorkspaceLayout buffers(const Problem& p, const Variant& v, const Sizes& s) {
+  WorkspaceLayout layout;
+  if (v.segments < 2) return layout;
+  const auto units = static_cast<std::size_t>(s.sequences * p.value_heads);
+  const auto segments = static_cast<std::size_t>(v.segments);
+  layout.add(0);
+  layout.add(0);
+  layout.add(units * segments * kDim * kDim * 4);
+  layout.add(units * (segments - 2) * kDim * kDim * 4);
+  layout.add(units * (segments - 1) * 8);
+  return layout;
 }
 
 // Fitted to an H100 80GB HBM3 (T = 512 to 8192, N HV = 8 to 1024): 4 % off at most. The CTAs of a wave run
@@ -63,12 +83,26 @@ constexpr double kStepUs = 1.01;    // a chunk, gate bounded by -5
 constexpr double kWideStepUs = 1.2; // a chunk of any other gate
 constexpr double kWaveUs = 14;      // states in and out, and the first chunks on their way
 
-double estimate(const Problem& p, const Variant&, const Target& t, const Sizes& s) {
+// Not measured yet: shares of the instructions.
+constexpr double kSummaryShare = 0.85; // of a chunk without q and o
+constexpr double kMergeUs = 2;         // a boundary: 64 KB of A, 1,024 FMA a thread
+constexpr double kLaunchUs = 3;        // a kernel that finds nothing to do, or little
+
+/// Segments are estimated as if no boundary were forgetful: gates are not known here.
+double estimate(const Problem& p, const Variant& v, const Target& t, const Sizes& s) {
   const double chunks = std::ceil(static_cast<double>(s.batch * s.tokens) /
                                   std::max(1.0, static_cast<double>(s.sequences)) / kChunk);
-  const double waves = std::ceil(static_cast<double>(s.sequences) * p.value_heads / t.multiprocessors);
+  const double units = static_cast<double>(s.sequences) * p.value_heads;
   const bool bounded = p.gate == GateKind::bounded || p.gate == GateKind::bounded_no_a;
-  return waves * (chunks * (bounded ? kStepUs : kWideStepUs) + kWaveUs);
+  const double step = bounded ? kStepUs : kWideStepUs;
+  const auto pass = [&](double ctas, double walked, double share) {
+    return std::ceil(ctas / t.multiprocessors) * (walked * step * share + kWaveUs);
+  };
+  if (v.segments < 2) return pass(units, chunks, 1);
+  const double length = std::max(std::ceil(chunks / v.segments), static_cast<double>(kLeastSegment));
+  const double used = std::max(1.0, std::ceil(chunks / length));
+  return pass(units * std::max(2 * used - 3, 1.0), length, kSummaryShare) + pass(units * used, length, 1) +
+         kMergeUs * std::max(used - 2, 0.0) + kLaunchUs * (v.segments > 2 ? 2 : 1);
 }
 
 } // namespace

@@ -10,7 +10,7 @@ bool has_parameters(const Problem& p) {
   return reads_a_log(p.gate) || p.dt_bias;
 }
 
-std::vector<std::string> kernel_entries(const Problem& p) {
+std::vector<std::string> kernel_entries(const Problem& p, const Variant&) {
   if (p.operation == Operation::gate) return {"kda_gate_forward"};
   if (!has_parameters(p)) return {"kda_gate_backward"};
   return {"kda_gate_backward", "kda_gate_reduce"};

@@ -83,7 +83,7 @@ std::string reject(const Problem& p, const Target& t, const Variant& v) {
   return {};
 }
 
-std::vector<std::string> kernel_entries(const Problem& p) {
+std::vector<std::string> kernel_entries(const Problem& p, const Variant&) {
   return {p.operation == Operation::replay ? "kda_replay" : "kda_recurrent"};
 }
 

@@ -39,7 +39,7 @@ int scan_shared(const Problem& p, const Variant& v) {
   return 4 * (v.chunk * tile_rows(v) + 2 * v.scan_warps * sums(p));
 }
 
-std::vector<std::string> kernel_entries(const Problem&) {
+std::vector<std::string> kernel_entries(const Problem&, const Variant&) {
   return {"kda_backward_scan", "kda_backward_finish", "kda_backward_gate", "kda_backward_reduce"};
 }
 

@@ -100,6 +100,8 @@ std::string to_string(const Problem& p) {
   if (p.every_state) s += " every_state";
   if (p.updates) s += " updates";
   if (p.tree) s += " tree";
+  if (p.interior_states) s += " interior_states";
+  if (p.batch_invariant) s += " batch_invariant";
   return s;
 }
 
@@ -137,6 +139,13 @@ Status validate(const Problem& p) {
   if (p.tree && !replay && !p.updates)
     return refuse(
         "a tree goes with replay, and with recurrent where updates are kept: branches start from them");
+  if (p.interior_states && p.operation != Operation::forward)
+    return refuse(fmt::format("interior_states goes with the operation forward, not with {}; recurrent has "
+                              "every_state",
+                              to_string(p.operation)));
+  if (p.batch_invariant && p.operation != Operation::forward)
+    return refuse(
+        fmt::format("batch_invariant goes with the operation forward, not with {}", to_string(p.operation)));
   return {};
 }
 

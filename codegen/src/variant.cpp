@@ -11,15 +11,16 @@ struct Field {
   const char* name;
   int Variant::*member;
 };
-constexpr std::array<Field, 9> kFields{{{"c", &Variant::chunk},
-                                        {"vt", &Variant::value_tile},
-                                        {"pw", &Variant::prepare_warps},
-                                        {"sw", &Variant::scan_warps},
-                                        {"r", &Variant::rows},
-                                        {"st", &Variant::stages},
-                                        {"l", &Variant::lanes},
-                                        {"cs", &Variant::streaming},
-                                        {"pdl", &Variant::overlap}}};
+constexpr std::array<Field, 10> kFields{{{"c", &Variant::chunk},
+                                         {"vt", &Variant::value_tile},
+                                         {"pw", &Variant::prepare_warps},
+                                         {"sw", &Variant::scan_warps},
+                                         {"r", &Variant::rows},
+                                         {"st", &Variant::stages},
+                                         {"l", &Variant::lanes},
+                                         {"seg", &Variant::segments},
+                                         {"cs", &Variant::streaming},
+                                         {"pdl", &Variant::overlap}}};
 constexpr std::array<std::pair<Algorithm, const char*>, 4> kAlgorithms{{{Algorithm::token, "token"},
                                                                         {Algorithm::chunk, "chunk"},
                                                                         {Algorithm::fused, "fused"},

@@ -24,7 +24,8 @@ TENSORS = ("q k v g beta A_log dt_bias initial_state o final_state d_o d_final_s
            "d_dt_bias d_initial_state").split()
 UPDATES = ("update_u", "update_k", "update_decay")
 TABLES = ("read_slots", "write_slots", "accepted", "parents")
-API_VERSION = 4
+FORWARD_TABLES = ("interior_slots", "has_initial_state")
+API_VERSION = 5
 
 
 class KdaError(RuntimeError):
@@ -42,7 +43,7 @@ class _EngineOptions(C.Structure):
 
 
 _PROBLEM = ("operation heads value_heads key_dim value_dim dtype gate_dtype beta_dtype state_dtype state_layout gate dt_bias "
-            "beta_sigmoid beta_times_two qk_l2norm varlen cu_seqlens_type state_pool every_state updates tree").split()
+            "beta_sigmoid beta_times_two qk_l2norm varlen cu_seqlens_type state_pool every_state updates tree interior_states batch_invariant").split()
 
 
 class _Problem(C.Structure):
@@ -69,7 +70,8 @@ class _IndexTable(C.Structure):
 class _Args(C.Structure):
     _fields_ = ([("struct_size", C.c_uint32), ("scale", C.c_float), ("lower_bound", C.c_float), ("padding", C.c_int32)] +
                 [(name, _Tensor) for name in TENSORS] + [("cu_seqlens", _IndexTensor)] + [(name, _Tensor) for name in UPDATES] + [(name, _IndexTable) for name in TABLES] +
-                [("slot_error", C.c_void_p)])
+                [("slot_error", C.c_void_p), ("interior_states", _Tensor)] + [(name, _IndexTable) for name in FORWARD_TABLES] +
+                [("interior_interval", C.c_int64)])
 
 
 def _load():
@@ -183,16 +185,17 @@ class Kernel:
         _check(_lib.kda_kernel_workspace_bytes(self._handle, C.byref(_Sizes(*sizes)), C.byref(size)))
         return size.value
 
-    def bind(self, tensors, cu_seqlens=None, scale=0.0, lower_bound=-5.0, padding="none", slot_error=None, **tables):
+    def bind(self, tensors, cu_seqlens=None, scale=0.0, lower_bound=-5.0, padding="none", slot_error=None, interior_interval=64, **tables):
         """The C arguments of a call; keep the tensors alive as long as the result is used. With a state pool: a padding
-        policy, slot_error (one int32) and the tables read_slots, write_slots, accepted, parents: int32 or int64, of any strides."""
-        unknown = set(tensors) - set(TENSORS) - set(UPDATES)
+        policy, slot_error (one int32) and the tables read_slots, write_slots, accepted, parents: int32 or int64, of any strides.
+        With interior states: the tensor interior_states, its interval and the table interior_slots. Also: has_initial_state."""
+        unknown = set(tensors) - set(TENSORS) - set(UPDATES) - {"interior_states"}
         if unknown:
             raise TypeError(f"unknown tensor {', '.join(sorted(unknown))}")
-        unknown = set(tables) - set(TABLES)
+        unknown = set(tables) - set(TABLES) - set(FORWARD_TABLES)
         if unknown:
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}")
-        args = _Args(C.sizeof(_Args), scale, lower_bound, PADDING_POLICIES.index(padding))
+        args = _Args(C.sizeof(_Args), scale, lower_bound, PADDING_POLICIES.index(padding), interior_interval=interior_interval)
         for name, t in tensors.items():
             setattr(args, name, _tensor(t))
         if cu_seqlens is not None:

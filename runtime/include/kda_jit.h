@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define KDA_JIT_API_VERSION 4
+#define KDA_JIT_API_VERSION 5
 
 typedef enum kda_code {
   KDA_OK = 0,
@@ -83,7 +83,7 @@ typedef struct kda_problem {
   int32_t operation, heads, value_heads, key_dim, value_dim;
   int32_t dtype, gate_dtype, beta_dtype, state_dtype, state_layout;
   int32_t gate, dt_bias, beta_sigmoid, beta_times_two, qk_l2norm, varlen, cu_seqlens_type;
-  int32_t state_pool, every_state, updates, tree;
+  int32_t state_pool, every_state, updates, tree, interior_states, batch_invariant;
 } kda_problem;
 
 typedef struct kda_sizes {
@@ -122,6 +122,9 @@ typedef struct kda_args {
   kda_tensor update_u, update_k, update_decay;
   kda_index_table read_slots, write_slots, accepted, parents;
   int32_t* slot_error;
+  kda_tensor interior_states;
+  kda_index_table interior_slots, has_initial_state;
+  int64_t interior_interval; /* 0: 64 */
 } kda_args;
 
 /* KDA_JIT_API_VERSION of the library. */

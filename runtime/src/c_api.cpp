@@ -93,6 +93,8 @@ Result<Problem> to_problem(const kda_problem& c) {
   p.every_state = c.every_state != 0;
   p.updates = c.updates != 0;
   p.tree = c.tree != 0;
+  p.interior_states = c.interior_states != 0;
+  p.batch_invariant = c.batch_invariant != 0;
   return p;
 }
 
@@ -150,7 +152,8 @@ Args to_args(const kda_args& c) {
                                                            {&c.d_initial_state, &a.d_initial_state},
                                                            {&c.update_u, &a.update_u},
                                                            {&c.update_k, &a.update_k},
-                                                           {&c.update_decay, &a.update_decay}};
+                                                           {&c.update_decay, &a.update_decay},
+                                                           {&c.interior_states, &a.interior_states}};
   for (const auto& [from, to] : tensors)
     *to = to_tensor(*from);
   a.cu_seqlens = {c.cu_seqlens.data, to_enum(c.cu_seqlens.dtype, IndexType::int64), c.cu_seqlens.size};
@@ -158,6 +161,9 @@ Args to_args(const kda_args& c) {
   a.write_slots = to_table(c.write_slots);
   a.accepted = to_table(c.accepted);
   a.parents = to_table(c.parents);
+  a.interior_slots = to_table(c.interior_slots);
+  a.has_initial_state = to_table(c.has_initial_state);
+  if (c.interior_interval != 0) a.interior_interval = c.interior_interval;
   a.padding = to_enum(c.padding, PaddingPolicy::both);
   a.slot_error = c.slot_error;
   a.scale = c.scale;

@@ -12,6 +12,7 @@ namespace {
 /// Random values of a prime count: a large tensor repeats them, which costs no time to make and keeps rows
 /// different.
 constexpr std::int64_t kBlock = 1'000'003;
+constexpr std::int64_t kInterval = 64; ///< of interior states
 
 } // namespace
 
@@ -78,6 +79,14 @@ Status CallTensors::create(const Problem& p, const Sizes& s, std::uint64_t seed)
   problem_ = p;
   sizes_ = s;
   seed_ = seed;
+  cu_seqlens_.clear();
+  if (p.varlen)
+    for (std::int64_t n = 0; n <= s.sequences; ++n)
+      cu_seqlens_.push_back(s.tokens * n / std::max<std::int64_t>(s.sequences, 1));
+  interior_.clear();
+  for (std::int64_t n = 0; p.interior_states && n < s.sequences; ++n)
+    for (std::int64_t t = kInterval; t <= length(n); t += kInterval)
+      interior_.push_back(first_token(n) + t - 1);
   const std::int64_t hv = p.value_heads, h = p.heads, k = p.key_dim, v = p.value_dim;
   const bool v_k = p.state_layout == StateLayout::v_k, gate = p.operation == Operation::gate;
   const bool gate_only = gate || p.operation == Operation::gate_backward,
@@ -95,6 +104,7 @@ Status CallTensors::create(const Problem& p, const Sizes& s, std::uint64_t seed)
   const std::initializer_list<std::int64_t> keys{s.batch, s.tokens, h, k}, gates{s.batch, s.tokens, hv, k},
       values{s.batch, s.tokens, hv, v}, betas{s.batch, s.tokens, hv},
       states{s.sequences, hv, v_k ? v : k, v_k ? k : v},
+      interiors{static_cast<std::int64_t>(interior_.size()), hv, v_k ? v : k, v_k ? k : v},
       finals{p.every_state ? s.batch * s.tokens : s.sequences, hv, v_k ? v : k, v_k ? k : v}, per_head{hv},
       per_channel{hv, k};
   const bool full = !gate_only && !replay, forward = full && !backward,
@@ -116,6 +126,8 @@ Status CallTensors::create(const Problem& p, const Sizes& s, std::uint64_t seed)
       {"update_decay", &args_.update_decay, DType::fp32, gates, updates, !replay, false, 0, 1},
       {"final_state", &args_.final_state, p.state_dtype, finals, (forward || replay) && last, true, true, 0,
        0},
+      {"interior_states", &args_.interior_states, p.state_dtype, interiors, !interior_.empty(), true, true, 0,
+       0},
       {"d_o", &args_.d_o, backward ? p.dtype : DType::fp32, backward ? values : gates, gradients, false,
        false, 0, 1},
       {"d_final_state", &args_.d_final_state, p.state_dtype, states, backward, false, true, 0, 0.5},
@@ -131,10 +143,6 @@ Status CallTensors::create(const Problem& p, const Sizes& s, std::uint64_t seed)
     if (x.wanted)
       if (Status ok = add(x.name, *x.slot, x.dtype, x.shape, x.output, x.state, x.mean, x.deviation); !ok)
         return ok;
-  cu_seqlens_.clear();
-  if (p.varlen)
-    for (std::int64_t n = 0; n <= s.sequences; ++n)
-      cu_seqlens_.push_back(s.tokens * n / std::max<std::int64_t>(s.sequences, 1));
   if (Status ok = add_tables(); !ok) return ok;
   if (!p.varlen) return {};
   const auto data = upload(cu_seqlens_, p.cu_seqlens_type);
@@ -155,6 +163,13 @@ Result<void*> CallTensors::upload(const std::vector<std::int64_t>& numbers, Inde
   return data;
 }
 
+std::int64_t CallTensors::first_token(std::int64_t n) const {
+  return problem_.varlen ? cu_seqlens_[static_cast<std::size_t>(n)] : n * sizes_.tokens;
+}
+std::int64_t CallTensors::length(std::int64_t n) const {
+  return problem_.varlen ? first_token(n + 1) - first_token(n) : sizes_.tokens;
+}
+
 /// The state of sequence n in slot n, the state after token t (counted over all rows) in slot t; a binary
 /// tree of tokens; all tokens are accepted.
 Status CallTensors::add_tables() {
@@ -164,11 +179,11 @@ Status CallTensors::add_tables() {
   std::iota(slots.begin(), slots.end(), 0);
   std::int64_t columns = 1;
   for (std::size_t i = 0; i < slots.size(); ++i) {
-    first[i] = p.varlen ? cu_seqlens_[i] : static_cast<std::int64_t>(i) * sizes_.tokens;
-    const std::int64_t length = p.varlen ? cu_seqlens_[i + 1] - cu_seqlens_[i] : sizes_.tokens;
-    accepted_.push_back(length);
-    columns = std::max(columns, length);
-    if (p.operation == Operation::replay && length == 0)
+    first[i] = first_token(static_cast<std::int64_t>(i));
+    const std::int64_t tokens = length(static_cast<std::int64_t>(i));
+    accepted_.push_back(tokens);
+    columns = std::max(columns, tokens);
+    if (p.operation == Operation::replay && tokens == 0)
       return fail(ErrorCode::invalid_argument, "a replay is tried with one token a sequence or more");
   }
   std::vector<std::int64_t> parents;
@@ -191,6 +206,17 @@ Status CallTensors::add_tables() {
       for (std::int64_t t = 0; t < accepted_[i]; ++t)
         parents_.push_back(parents[i * static_cast<std::size_t>(columns) + static_cast<std::size_t>(t)]);
     parents_.resize(static_cast<std::size_t>(sizes_.batch * sizes_.tokens), -1);
+  }
+  if (!interior_.empty()) {
+    std::vector<std::int64_t> numbers(static_cast<std::size_t>(n * (columns / kInterval)), -1);
+    for (std::size_t slot = 0, i = 0; i < first.size(); ++i)
+      for (std::int64_t t = kInterval; t <= accepted_[i]; t += kInterval)
+        numbers[i * static_cast<std::size_t>(columns / kInterval) +
+                static_cast<std::size_t>(t / kInterval - 1)] = static_cast<std::int64_t>(slot++);
+    const auto data = upload(numbers, IndexType::int32);
+    if (!data) return tl::unexpected(data.error());
+    args_.interior_slots = contiguous_table(*data, IndexType::int32, {n, columns / kInterval});
+    args_.interior_interval = kInterval;
   }
   if (Status ok = give(p.state_pool, args_.read_slots, slots, false); !ok) return ok;
   if (Status ok = give(p.state_pool && args_.final_state.data != nullptr, args_.write_slots,

@@ -38,6 +38,8 @@ public:
   [[nodiscard]] Result<reference::Verified> reference_updates() const;
   [[nodiscard]] const std::vector<std::int64_t>& accepted() const { return accepted_; }
   [[nodiscard]] const std::vector<std::int64_t>& parents() const { return parents_; }
+  /// By slot of the interior states: after which row of the token axis each is.
+  [[nodiscard]] const std::vector<std::int64_t>& interior() const { return interior_; }
   /// False when a call changed one of its inputs.
   [[nodiscard]] Result<bool> inputs_preserved() const;
 
@@ -54,6 +56,8 @@ private:
   /// Numbers on the device.
   [[nodiscard]] Result<void*> upload(const std::vector<std::int64_t>& numbers, IndexType type);
   Status add_tables();
+  [[nodiscard]] std::int64_t first_token(std::int64_t sequence) const;
+  [[nodiscard]] std::int64_t length(std::int64_t sequence) const;
 
   std::shared_ptr<const Backend> backend_;
   std::uint64_t most_bytes_ = 0, bytes_ = 0;
@@ -61,6 +65,7 @@ private:
   Sizes sizes_;
   Args args_;
   std::uint64_t seed_ = 0;
+  std::vector<std::int64_t> interior_;
   std::vector<std::int64_t> cu_seqlens_, accepted_, parents_; ///< parents_: as reference::verify has them
   std::vector<void*> tables_;
   std::map<std::string, Buffer> buffers_;

@@ -16,6 +16,10 @@ std::string bucket(const Sizes& s) {
   return fmt::format("T{} N{}", up(s.tokens), up(s.sequences));
 }
 
+Sizes choice_sizes(const Problem& p, const Sizes& s) {
+  return p.batch_invariant ? Sizes{1, 8192, 1} : s;
+}
+
 WorkspaceLayout workspace_of(const Target& target, const Problem& p, const Variant& v, const Sizes& s) {
   return target.kind == Target::Kind::host ? WorkspaceLayout{} : workspace_layout(p, v, s);
 }
@@ -156,13 +160,14 @@ Result<Plan> Engine::plan(const Problem& problem, Device device, const Sizes& ty
     impl->variant = *variant;
     impl->choice = "given";
   } else {
-    const auto chosen = choose(problem, target, typical);
+    const Sizes sizes = choice_sizes(problem, typical);
+    const auto chosen = choose(problem, target, sizes);
     if (!chosen) return tl::unexpected(chosen.error());
     impl->variant = *chosen;
     const bool pinned = mode == TuneMode::pinned;
-    const auto tuned = pinned                  ? pinned_choice(*impl_, **backend, problem, typical)
+    const auto tuned = pinned                  ? pinned_choice(*impl_, **backend, problem, sizes)
                        : mode == TuneMode::off ? TunedChoice{}
-                                               : tuned_choice(*impl_, **backend, problem, typical);
+                                               : tuned_choice(*impl_, **backend, problem, sizes);
     if (!tuned) return tl::unexpected(tuned.error());
     if (tuned->variant) {
       impl->variant = *tuned->variant;
@@ -170,7 +175,7 @@ Result<Plan> Engine::plan(const Problem& problem, Device device, const Sizes& ty
     }
     impl->note = tuned->note;
     if (!impl->note.empty())
-      impl_->log_once(fmt::format("{}, {}: {}", to_string(problem), bucket(typical), impl->note));
+      impl_->log_once(fmt::format("{}, {}: {}", to_string(problem), bucket(sizes), impl->note));
   }
   Plan plan;
   plan.impl_ = std::move(impl);

@@ -98,6 +98,8 @@ private:
 /// The bucket of a tuning row: T and N rounded up to powers of two, e.g. "T8192 N1". The only bucket
 /// function.
 [[nodiscard]] std::string bucket(const Sizes&);
+/// What a variant is chosen and tuned for: a batch-invariant problem has one choice for all sizes.
+[[nodiscard]] Sizes choice_sizes(const Problem&, const Sizes&);
 /// The run-time workspace of a call; none on the host.
 [[nodiscard]] WorkspaceLayout workspace_of(const Target&, const Problem&, const Variant&, const Sizes&);
 /// Points the slots of `args` into `workspace` and launches everything. Allocates nothing.

@@ -8,8 +8,9 @@ namespace kda {
 namespace {
 
 using Shape = std::array<std::int64_t, 4>;
-constexpr std::int64_t kMostColumns = 1 << 20; ///< of a table
-constexpr std::int64_t kMostTreeTokens = 64;   ///< the kernels keep a path in the bits of a word
+constexpr std::int64_t kMostColumns = 1 << 20;                ///< of a table
+constexpr std::int64_t kMostInterval = std::int64_t{1} << 30; ///< tokens of a call
+constexpr std::int64_t kMostTreeTokens = 64; ///< the kernels keep a path in the bits of a word
 
 tl::unexpected<Error> refuse(const char* name, std::string_view why) {
   return fail(ErrorCode::invalid_argument, fmt::format("{} {}", name, why));
@@ -69,6 +70,8 @@ public:
     if (Status ok = pool(); !ok) return ok;
     if (Status ok = drafts(); !ok) return ok;
     if (Status ok = updates(); !ok) return ok;
+    if (Status ok = interior(); !ok) return ok;
+    if (Status ok = mask(); !ok) return ok;
     return p_.operation == Operation::backward || p_.operation == Operation::gate_backward ? gradients()
                                                                                            : outputs();
   }
@@ -154,11 +157,11 @@ private:
     out = {t.data, stride[0], stride[1], stride[2]};
     return {};
   }
-  Status state(const char* name, const Tensor& t, StateTensor& out) {
+  Status state(const char* name, const Tensor& t, StateTensor& out, bool slots = false) {
     if (t.data == nullptr) return {};
     const bool v_k = p_.state_layout == StateLayout::v_k;
     const std::int64_t rows = v_k ? p_.value_dim : p_.key_dim, columns = v_k ? p_.key_dim : p_.value_dim;
-    const std::int64_t states = p_.state_pool ? t.shape[0] : s_.sequences;
+    const std::int64_t states = p_.state_pool || slots ? t.shape[0] : s_.sequences;
     if (Status ok = check_tensor(name, t, p_.state_dtype, 4, {states, p_.value_heads, rows, columns}); !ok)
       return ok;
     const Shape stride = strides_of(t);
@@ -259,6 +262,32 @@ private:
       return refuse("slot_error", "is at an address that is not a multiple of 4 bytes");
     out_.slot_error = a_.slot_error;
     return {};
+  }
+  Status interior() {
+    if (!p_.interior_states) {
+      const bool given = a_.interior_states.data != nullptr || a_.interior_slots.data != nullptr;
+      return given ? refuse("interior_states", "or interior_slots is given, but the problem has none")
+                   : Status{};
+    }
+    if (a_.interior_states.data == nullptr) return {};
+    if (Status ok = state("interior_states", a_.interior_states, out_.interior_states, true); !ok) return ok;
+    out_.interior_pool = a_.interior_states.shape[0];
+    if (a_.interior_interval < 64 || a_.interior_interval > kMostInterval || a_.interior_interval % 64 != 0)
+      return refuse("interior_interval",
+                    fmt::format("is {}, expected a multiple of 64 up to 2^30: states lie between chunks",
+                                a_.interior_interval));
+    out_.interior_interval = static_cast<int>(a_.interior_interval);
+    if (s_.sequences == 0) return {};
+    if (a_.interior_slots.data == nullptr)
+      return refuse("interior_slots", "is required by interior_states and absent");
+    return table("interior_slots", a_.interior_slots, true, out_.interior_slots);
+  }
+  Status mask() {
+    if (a_.has_initial_state.data == nullptr) return {};
+    if (p_.state_pool || (p_.operation != Operation::forward && p_.operation != Operation::recurrent))
+      return refuse("has_initial_state",
+                    "goes with the operations forward and recurrent without a state pool");
+    return table("has_initial_state", a_.has_initial_state, false, out_.has_initial_state);
   }
   Status updates() {
     if (!p_.updates && p_.operation != Operation::replay) {

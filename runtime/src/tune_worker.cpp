@@ -190,7 +190,9 @@ std::vector<std::string> problem_arguments(const Problem& p, const Sizes& s, Dev
                                      {"--state-pool", p.state_pool},
                                      {"--every-state", p.every_state},
                                      {"--updates", p.updates},
-                                     {"--tree", p.tree}})
+                                     {"--tree", p.tree},
+                                     {"--interior-states", p.interior_states},
+                                     {"--batch-invariant", p.batch_invariant}})
     if (wanted) all.emplace_back(name);
   return all;
 }

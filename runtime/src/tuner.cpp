@@ -318,7 +318,7 @@ Result<TuneReport> tune_device(const std::shared_ptr<Engine::Impl>& engine, cons
   if (const Status ok = check_sizes(problem, sizes); !ok) return tl::unexpected(ok.error());
   const auto backend = engine->backend(device);
   if (!backend) return tl::unexpected(backend.error());
-  return Tuning(engine, *backend, problem, device, sizes, request, missing_only).run();
+  return Tuning(engine, *backend, problem, device, choice_sizes(problem, sizes), request, missing_only).run();
 }
 
 Result<TuneReport> Engine::tune(const Problem& problem, Device device, const Sizes& sizes,

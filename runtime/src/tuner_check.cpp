@@ -73,7 +73,12 @@ Status Tuning::call_alone(const Kernel::Impl& k, const CallTensors& tensors, con
 /// has no token kernel: there the untuned choice stands in.
 Status Tuning::check_all() {
   const bool drafts = p_.every_state || p_.tree || p_.operation == Operation::replay;
-  const Sizes sizes{p_.varlen ? 1 : 2, drafts ? 33 : 150, p_.varlen ? 3 : 2};
+  // Interior states lie 64 tokens apart.
+  const Sizes sizes{p_.varlen ? 1 : 2,
+                    drafts                            ? 33
+                    : p_.varlen && p_.interior_states ? 450
+                                                      : 150,
+                    p_.varlen ? 3 : 2};
   tell_preparing();
   const auto reference = device_reference(sizes);
   if (!reference) return tl::unexpected(reference.error());
@@ -192,6 +197,18 @@ bool Tuning::accept(Contestant& c, const Verdict& verdict) {
   return false;
 }
 
+namespace {
+reference::Array states_after(const reference::Inputs& in, const std::vector<std::int64_t>& rows) {
+  const reference::Array all = reference::verify(in).states;
+  const auto size =
+      static_cast<std::int64_t>(in.problem.value_heads) * in.problem.key_dim * in.problem.value_dim;
+  reference::Array some;
+  for (const std::int64_t row : rows)
+    some.insert(some.end(), all.begin() + row * size, all.begin() + (row + 1) * size);
+  return some;
+}
+} // namespace
+
 Result<std::map<std::string, reference::Array>> Tuning::expected_outputs(const CallTensors& tensors) const {
   const auto in = tensors.reference_inputs();
   if (!in) return tl::unexpected(in.error());
@@ -222,6 +239,7 @@ Result<std::map<std::string, reference::Array>> Tuning::expected_outputs(const C
   } else {
     const reference::Outputs out = reference::recurrence(*in);
     e = {{"o", out.o}, {"final_state", out.final_state}};
+    if (p_.interior_states) e["interior_states"] = states_after(*in, tensors.interior());
   }
   return e;
 }

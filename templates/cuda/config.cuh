@@ -21,10 +21,11 @@ struct Config {
   static constexpr bool state_v_k = false; ///< state [V, K]
   static constexpr bool pool = false;      ///< states lie in the slots of a pool
   static constexpr bool replay = false;    ///< the operation is replay
-  static constexpr bool every_state = false, updates = false, tree = false; ///< as in Problem
+  static constexpr bool every_state = false, updates = false, tree = false,
+                        interior_states = false; ///< as in Problem
   // tunables
   static constexpr int chunk = 64, value_tile = 32, prepare_warps = 4, scan_warps = 4, rows = 4, stages = 2;
-  static constexpr int lanes = 0;
+  static constexpr int lanes = 0, segments = 0;
   static constexpr bool streaming = false, overlap = false;
 };
 

@@ -53,7 +53,14 @@ struct KernelArgs {
   const float* dt_bias;                   // [HV, K]
   // Problem::updates: out, replay: in. fp32 [B, T, HV, V], [B, T, H, K], [B, T, HV, K].
   TokenTensor update_u, update_k, update_decay;
-  NumberTable parents;                         // Problem::tree: by token, -1 for a root
+  NumberTable parents; // Problem::tree: by token, -1 for a root
+  // Problem::interior_states: the state after (j + 1) * interior_interval tokens of sequence n goes to slot
+  // interior_slots[n, j], if that is one of interior_pool.
+  StateTensor interior_states;
+  NumberTable interior_slots;
+  long long interior_pool;
+  int interior_interval;
+  NumberTable has_initial_state;               // by sequence, 0: it starts from zero; null: all have one
   TokenTensor d_o, d_q, d_k, d_v, d_g, d_beta; // backward; gate_backward: d_o in (fp32), d_g out
   StateTensor d_final_state, d_initial_state;  // null: zero, not wanted
   float* d_A_log;                              // [HV], null: not wanted

@@ -227,7 +227,11 @@ KDA_DEVICE void advance(const KernelArgs& args, const Work& w, const Step& x, i6
   if constexpr (Config::updates) keep_update(args, w, x, t);
   if constexpr (Config::every_state) {
     const i64 place = place_after(args, w, t);
-    if (place != kNowhere) store_state(args, place, w, state);
+    if (place != kNowhere) store_state(args.final_state, place, w, state);
+  }
+  if constexpr (Config::interior_states) {
+    const i64 slot = interior_slot(args, w.sequence, t + 1 - w.begin);
+    if (slot != kNowhere) store_state(args.interior_states, slot, w, state);
   }
 }
 
@@ -315,7 +319,7 @@ KDA_DEVICE void scan_tree(const KernelArgs& args, const Work& w, const Head& h, 
     const i64 parent = parent_of(args, w, t - w.begin);
     if (w.begin + parent != t - 1) {
       sync_warp(); // other lanes have written u
-      widen_state(load_state(args, read, w, args.initial_state.data != nullptr), state);
+      widen_state(load_state(args, read, w, has_start(args, w)), state);
       const u64 path = path_to(args, w, parent);
       for (i64 i = 0; i <= parent; ++i) {
         if ((path >> i & 1) == 0) continue;
@@ -363,8 +367,8 @@ KDA_DEVICE void copy_state(const KernelArgs& args, const Work& w, const Numbers&
   const Places places = find_places(args, w, numbers);
   if (!places.runs || Config::every_state || places.write == kNowhere) return;
   float state[kRows][kChannels];
-  widen_state(load_state(args, places.read, w, args.initial_state.data != nullptr), state);
-  store_state(args, places.write, w, state);
+  widen_state(load_state(args, places.read, w, has_start(args, w)), state);
+  store_state(args.final_state, places.write, w, state);
 }
 
 } // namespace kda
@@ -383,7 +387,7 @@ kda_recurrent(KDA_GRID_CONSTANT kda::KernelArgs args) {
   const Head head = load_head(args, w);
   const Token first = load_token(args, w, kShared ? kda::min(w.begin + warp_index(), w.end - 1) : w.begin);
   const i64 read = numbers.read(args, w);
-  const LoadedState loaded = load_state(args, read, w, is_readable(args, numbers, read));
+  const LoadedState loaded = load_state(args, read, w, is_readable(args, w, numbers, read));
   sync_warp(); // or ptxas moves half of the state's loads behind the arithmetic
   const Places places = find_places(args, w, numbers);
   if (!places.runs) return zero_output(args, w);
@@ -396,5 +400,5 @@ kda_recurrent(KDA_GRID_CONSTANT kda::KernelArgs args) {
     scan_shared<Step>(args, w, head, first, loaded, state);
   else
     scan_plain<Step>(args, w, head, first, loaded, state);
-  if (!Config::every_state && places.write != kNowhere) store_state(args, places.write, w, state);
+  if (!Config::every_state && places.write != kNowhere) store_state(args.final_state, places.write, w, state);
 }

@@ -10,7 +10,7 @@ KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_replay(KDA_GRID_CONSTANT kda::Ke
   if (w.idle) return;
   const Numbers numbers = load_numbers(args, w);
   const i64 read = numbers.read(args, w);
-  const LoadedState loaded = load_state(args, read, w, is_readable(args, numbers, read));
+  const LoadedState loaded = load_state(args, read, w, is_readable(args, w, numbers, read));
   sync_warp(); // or ptxas moves half of the state's loads behind the arithmetic
   const Places places = find_places(args, w, numbers);
   if (!places.runs) return;
@@ -28,5 +28,5 @@ KDA_KERNEL(kda::Config::scan_warps * 32, 1) kda_replay(KDA_GRID_CONSTANT kda::Ke
                                 decay);
     apply_update(w, k, decay, row_of<const float>(args.update_u, w.batch, t, w.value_head), state);
   }
-  if (places.write != kNowhere) store_state(args, places.write, w, state);
+  if (places.write != kNowhere) store_state(args.final_state, places.write, w, state);
 }

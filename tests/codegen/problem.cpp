@@ -1,4 +1,5 @@
 // What validate refuses, and that names and variants survive a round trip.
+#include "codegen/source_unit.h"
 #include "codegen/variant.h"
 #include <catch2/catch.hpp>
 
@@ -31,6 +32,9 @@ TEST_CASE("validate accepts the production problem and refuses what no kernel su
   refused([](Problem& x) { x.every_state = true; }, "whose slots take the states");
   refused([](Problem& x) { x.updates = true; }, "recurrent alone");
   refused([](Problem& x) { x.tree = true; }, "branches start from them");
+  p.operation = Operation::backward;
+  refused([](Problem& x) { x.interior_states = true; }, "operation forward, not with backward");
+  refused([](Problem& x) { x.batch_invariant = true; }, "operation forward, not with backward");
 }
 
 TEST_CASE("a state pool is part of the problem's line only where there is one") {
@@ -46,6 +50,33 @@ TEST_CASE("a state pool is part of the problem's line only where there is one") 
   p.operation = Operation::replay;
   p.every_state = p.updates = false;
   CHECK(validate(p).has_value());
+}
+
+TEST_CASE("interior states and batch invariance are part of the problem's line, and of its tuning rows") {
+  Problem p;
+  const std::string plain = to_string(p);
+  p.interior_states = p.batch_invariant = true;
+  CHECK(validate(p).has_value());
+  CHECK(to_string(p) == plain + " interior_states batch_invariant");
+}
+
+TEST_CASE("few heads are cut into segments, many are not") {
+  Problem p;
+  p.gate = GateKind::bounded;
+  const auto segments = [&](int heads, std::int64_t tokens) {
+    p.heads = p.value_heads = heads;
+    return choose(p, cuda_target("sm_90a").value(), {1, tokens, 1}).value().segments;
+  };
+  CHECK(segments(96, 8192) == 0);
+  CHECK(segments(32, 8192) == 3);
+  CHECK(segments(8, 65536) == 16);
+  // The workspace is that of the segments alone: starts, transitions, marks.
+  p.heads = p.value_heads = 8;
+  const auto bytes = [&](const char* variant) {
+    return workspace_layout(p, parse_variant(variant).value(), {1, 65536, 1}).bytes;
+  };
+  CHECK(bytes("fused c=16 vt=128 pw=7 sw=8 st=10") == 0);
+  CHECK(bytes("fused c=16 vt=128 pw=7 sw=8 st=10 seg=16") == std::size_t{8} * (16 + 14) * 65536 + 1024);
 }
 
 TEST_CASE("a variant prints to one line and parses back") {

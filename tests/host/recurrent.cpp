@@ -113,3 +113,33 @@ TEST_CASE("host recurrence: a variant of another device is refused") {
   REQUIRE_FALSE(unit);
   CHECK(unit.error().code == ErrorCode::invalid_argument);
 }
+
+TEST_CASE("host recurrence: interior states and a mask of initial states") {
+  for (const StateLayout layout : {StateLayout::k_v, StateLayout::v_k})
+    for (const DType state : {DType::fp32, DType::bf16})
+      for (const bool strided : {false, true}) {
+        test::CaseOptions o = small_case();
+        Problem& p = o.problem;
+        p.operation = Operation::forward;
+        p.interior_states = p.varlen = true;
+        p.state_layout = layout;
+        p.state_dtype = state;
+        o.lengths = {63, 64, 0, 65, 200, 1};
+        o.padding = 3;
+        o.mask = true;
+        o.interior_interval = 64;
+        const test::TestCase c = test::random_case(o);
+        REQUIRE(c.interior_states > 1);
+        for (const Variant& v : variants_of(p)) {
+          CAPTURE(to_string(p), to_string(v), strided);
+          const auto report = test::run_case(backend(), c, v, {strided, true});
+          if (!report) FAIL(report.error().message << "\n" << report.error().context);
+          CHECK(report->tensors.size() == 3);
+          for (const test::TensorReport& t : report->tensors) {
+            CAPTURE(t.name, t.place);
+            CHECK(t.not_finite == 0);
+            CHECK(t.error <= test::tolerance(p, v, t.name));
+          }
+        }
+      }
+}

@@ -15,6 +15,9 @@ using test::chunk::variant;
 namespace {
 
 constexpr std::array kVariants{"fused c=16 vt=128 pw=7 sw=8 st=10"};
+/// Sequences of the matrix have one segment or two.
+constexpr std::array kMatrixVariants{"fused c=16 vt=128 pw=7 sw=8 st=10",
+                                     "fused c=16 vt=128 pw=7 sw=8 st=10 seg=3"};
 
 /// One order of threads, every access checked; the fused kernel is sm_90a's.
 emulator::Options checked(std::uint64_t index) {
@@ -58,8 +61,23 @@ void expect_recurrence(test::TestCase& c) {
 
 TEST_CASE("fused forward: every two options together") {
   // As option_matrix.h, but for K, V and the dtypes of q, k, v and g.
-  const std::vector<int> sizes{
-      1, 1, 1, 3, 3, 2, 5, 2, 3, 2, 3, test::chunk::shapes, 2, 2, 2, 4, static_cast<int>(kVariants.size())};
+  const std::vector<int> sizes{1,
+                               1,
+                               1,
+                               3,
+                               3,
+                               2,
+                               5,
+                               2,
+                               3,
+                               2,
+                               3,
+                               test::chunk::shapes,
+                               2,
+                               2,
+                               2,
+                               4,
+                               static_cast<int>(kMatrixVariants.size())};
   std::uint64_t index = 0;
   for (const std::vector<int>& row : test::pairwise(sizes)) {
     test::CaseOptions o;
@@ -69,7 +87,7 @@ TEST_CASE("fused forward: every two options together") {
     p.key_dim = p.value_dim = 128;
     p.dtype = p.gate_dtype = DType::bf16;
     o.seed = index + 1;
-    const Variant v = variant(kVariants[static_cast<std::size_t>(row[16])]);
+    const Variant v = variant(kMatrixVariants[static_cast<std::size_t>(row[16])]);
     check_report(run(test::random_case(o), v, test::run_of(row), checked(index++)), p, v);
   }
 }

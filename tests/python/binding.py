@@ -123,5 +123,40 @@ class Binding(unittest.TestCase):
             kda_jit.Engine(cache_directory="", tune="off").prepare(PROBLEM | dict(state_v_first=True), "host", (N, 1, N))
 
 
+class Forward(unittest.TestCase):
+    def test_interior_states_and_mask(self):
+        tokens, heads, dim = 130, 1, 16
+        wave = lambda a, b: lambda i: a * math.sin(i * b + a)
+        shape = (2, tokens, heads, dim)
+        x = {name: Tensor(shape, fill=wave(a, b)) for name, a, b in (("q", 1, 1.3), ("k", 0.25, 0.7), ("v", 1, 0.37))}
+        x["g"] = Tensor(shape, fill=lambda i: -0.01 * (1 + i % 7))
+        x["beta"] = Tensor((2, tokens, heads), fill=lambda i: 0.5)
+        x["initial_state"] = Tensor((2, heads, dim, dim), fill=lambda i: math.cos(i))
+        problem = dict(operation="forward", heads=heads, value_heads=heads, key_dim=dim, value_dim=dim, dtype="fp32",
+                       interior_states=True)
+        kernel = kda_jit.Engine(cache_directory="", tune="off").prepare(problem, "host", (2, tokens, 2))
+
+        def run(count, **options):
+            cut = lambda t: t.view((2, count) + t.shape[2:], t.stride())
+            o, final = Tensor((2, count, heads, dim)), Tensor((2, heads, dim, dim))
+            tensors = {n: cut(t) if n != "initial_state" else t for n, t in x.items()}
+            interior = Tensor((3, heads, dim, dim), fill=lambda i: 7.0)
+            kernel.execute(tensors | dict(o=o, final_state=final, interior_states=interior), None,
+                           interior_slots=Tensor((2, 2), "torch.int32", fill=lambda i: (2, -1, -1, 0)[i]), **options)
+            return list(final.storage), list(interior.storage)
+
+        size = heads * dim * dim
+        after_64, after_128 = run(64)[0], run(128)[0]
+        interior = run(tokens)[1]
+        self.assertEqual(interior[2 * size:], after_64[:size])
+        self.assertEqual(interior[:size], after_128[size:])
+        self.assertEqual(interior[size:2 * size], [7.0] * size)
+        masked = run(64, has_initial_state=Tensor((2,), "torch.int64", fill=lambda i: i))[0]
+        self.assertEqual(masked[size:], after_64[size:])
+        self.assertNotEqual(masked[:size], after_64[:size])
+        with self.assertRaisesRegex(kda_jit.KdaError, "multiple of 64"):
+            run(64, interior_interval=32)
+
+
 if __name__ == "__main__":
     unittest.main()

@@ -451,3 +451,47 @@ TEST_CASE("a tree of more tokens than the kernels keep a path for is refused") {
   REQUIRE_FALSE(status);
   CHECK_THAT(status.error().message, Catch::Matchers::Contains("a tree has at most 64"));
 }
+
+TEST_CASE("interior states and the mask: strides reach the kernel, and every fault has its sentence") {
+  std::array<std::int32_t, 8> numbers{};
+  const auto give = [&](Call& c) {
+    c.problem.interior_states = true;
+    c.args.interior_states = Call::tensor(DType::fp32, {5, 4, 64, 32});
+    c.args.interior_slots = contiguous_table(numbers.data(), IndexType::int32, {3, 2});
+    c.args.interior_interval = 128;
+    c.args.has_initial_state = contiguous_table(numbers.data(), IndexType::int32, {3});
+  };
+  Call call;
+  give(call);
+  REQUIRE(call.check());
+  CHECK(call.out.interior_pool == 5);
+  CHECK(call.out.interior_interval == 128);
+  CHECK(call.out.interior_slots.columns == 2);
+  CHECK(call.out.interior_slots.stride_sequence == 2);
+  CHECK(call.out.has_initial_state.data == numbers.data());
+  const std::pair<std::function<void(Args&)>, const char*> faults[] = {
+      {[](Args& a) { a.interior_interval = 96; }, "interior_interval is 96, expected a multiple of 64"},
+      {[](Args& a) { a.interior_interval = 0; }, "interior_interval is 0"},
+      {[](Args& a) { a.interior_slots = {}; }, "interior_slots is required"},
+      {[](Args& a) { a.interior_slots.shape[0] = 2; }, "interior_slots has 2 elements, expected 3"},
+      {[](Args& a) { a.interior_states.dtype = DType::bf16; }, "interior_states is bf16"},
+      {[](Args& a) { a.interior_states.shape[1] = 3; }, "interior_states has size 3"},
+      {[](Args& a) { a.has_initial_state.rank = 2; }, "has_initial_state has rank 2, expected 1"},
+  };
+  for (const auto& [plant, sentence] : faults) {
+    INFO(sentence);
+    Call bad;
+    give(bad);
+    plant(bad.args);
+    const Status status = bad.check();
+    REQUIRE_FALSE(status);
+    CHECK_THAT(status.error().message, Catch::Matchers::Contains(sentence));
+  }
+  check_refused({{[&](Call& c) { give(c), c.problem.interior_states = false; }, "the problem has none"}});
+  check_refused({{[&](Call& c) {
+                    give(c), c.args.interior_states = {}, c.args.interior_slots = {},
+                             c.problem.interior_states = false;
+                  },
+                  "has_initial_state goes with the operations forward and recurrent"}},
+                Operation::backward);
+}

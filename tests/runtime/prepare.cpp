@@ -2,6 +2,7 @@
 #include "scripted_backend.h"
 #include <algorithm>
 #include <catch2/catch.hpp>
+#include <set>
 #include <thread>
 
 using namespace kda;
@@ -46,6 +47,23 @@ TEST_CASE("plan refuses a problem, a variant and sizes that cannot be, with the 
       return;
     }
   FAIL("no variant is rejected");
+}
+
+TEST_CASE("a batch-invariant problem has one variant, whatever the sizes") {
+  const auto backend = std::make_shared<ScriptedBackend>();
+  const Engine engine = engine_on(backend);
+  Problem p;
+  p.varlen = true;
+  const auto variants = [&] {
+    std::set<std::string> all;
+    for (const std::int64_t tokens : {1, 60, 500, 8192, 100000})
+      for (const std::int64_t sequences : {1, 8, 700})
+        all.insert(to_string(engine.plan(p, kScripted, {1, tokens, sequences}).value().variant()));
+    return all;
+  };
+  CHECK(variants().size() > 1);
+  p.batch_invariant = true;
+  CHECK(variants().size() == 1);
 }
 
 TEST_CASE("a device that is not there is unavailable, and the host comes last in the list") {

@@ -131,13 +131,55 @@ Array without_padding(const reference::Inputs& in, Array x) {
   return x;
 }
 
-std::vector<Expected> expect(const TestCase& c) {
+/// Fills the table: slots in falling order, every third state is not kept, and two columns reach behind the
+/// longest sequence. Returns the kept states.
+Array place_interior_states(TestCase& c, const reference::Inputs& in) {
+  const Problem& p = in.problem;
+  const auto bounds = [&](std::int64_t n) {
+    const auto i = static_cast<std::size_t>(n);
+    return in.cu_seqlens.empty() ? std::pair{n * in.sizes.tokens, (n + 1) * in.sizes.tokens}
+                                 : std::pair{in.cu_seqlens[i], in.cu_seqlens[i + 1]};
+  };
+  const std::int64_t columns = in.sizes.tokens / c.interior_interval + 2;
+  c.interior_slots.assign(static_cast<std::size_t>(in.sizes.sequences * columns), 0);
+  std::vector<std::int64_t> rows;
+  for (std::int64_t n = 0, i = 0; n < in.sizes.sequences; ++n)
+    for (std::int64_t j = 0; j < columns; ++j, ++i) {
+      const auto [begin, end] = bounds(n);
+      const std::int64_t row = begin + (j + 1) * c.interior_interval - 1;
+      if (row >= end) continue;
+      const bool kept = i % 3 != 2;
+      c.interior_slots[static_cast<std::size_t>(i)] = kept ? -2 - static_cast<std::int64_t>(rows.size()) : -1;
+      if (kept) rows.push_back(row);
+    }
+  c.interior_states = static_cast<std::int64_t>(rows.size());
+  for (std::int64_t& slot : c.interior_slots)
+    if (slot < -1) slot += c.interior_states + 1;
+  const Array all = reference::verify(in).states;
+  const auto size = static_cast<std::ptrdiff_t>(p.value_heads) * p.key_dim * p.value_dim;
+  Array kept;
+  for (auto row = rows.rbegin(); row != rows.rend(); ++row)
+    kept.insert(kept.end(), all.begin() + *row * size, all.begin() + (*row + 1) * size);
+  return kept;
+}
+
+std::vector<Expected> expect_forward(TestCase& c) {
+  reference::Inputs in = c.inputs;
+  for (std::size_t n = 0; n < c.has_initial_state.size(); ++n) {
+    const auto size = in.initial_state.size() / c.has_initial_state.size();
+    const auto first = in.initial_state.begin() + static_cast<std::ptrdiff_t>(n * size);
+    if (c.has_initial_state[n] == 0) std::fill_n(first, in.initial_state.empty() ? 0 : size, 0);
+  }
+  reference::Outputs out = reference::recurrence(in);
+  std::vector<Expected> all = {{"o", std::move(out.o)}, {"final_state", std::move(out.final_state)}};
+  if (c.interior_interval > 0) all.push_back({"interior_states", place_interior_states(c, in)});
+  return all;
+}
+
+std::vector<Expected> expect(TestCase& c) {
   switch (c.inputs.problem.operation) {
   case Operation::forward:
-  case Operation::recurrent: {
-    reference::Outputs out = reference::recurrence(c.inputs);
-    return {{"o", std::move(out.o)}, {"final_state", std::move(out.final_state)}};
-  }
+  case Operation::recurrent: return expect_forward(c);
   case Operation::backward: return expect_gradients(reference::adjoint(c.inputs, c.gradients));
   case Operation::gate: return {{"o", without_padding(c.inputs, reference::gate(c.inputs))}};
   case Operation::gate_backward:
@@ -181,6 +223,9 @@ TestCase random_case(const CaseOptions& o) {
   for (double& b : in.beta)
     b = p.beta_sigmoid ? random.normal() : random.uniform(0.05, 0.95);
   in.beta = rounded(in.beta, p.beta_dtype);
+  for (std::int64_t n = 0; o.mask && n < in.sizes.sequences; ++n)
+    c.has_initial_state.push_back(n % 2);
+  if (p.interior_states) c.interior_interval = o.interior_interval;
   if (o.initial_state) in.initial_state = rounded(random.normal(states, 0.3), p.state_dtype);
   if (p.operation == Operation::backward) {
     c.gradients.d_o = rounded(random.normal(values, 1), p.dtype);

@@ -22,6 +22,8 @@ struct CaseOptions {
   std::int64_t padding = 0;            ///< packed: tokens behind the last sequence
   Regime regime = Regime::fast;
   bool initial_state = true;
+  bool mask = false; ///< every second sequence starts from zero, whatever its initial state holds
+  std::int64_t interior_interval = 0; ///< of interior states, where the problem has them
   std::uint64_t seed = 1;
 };
 
@@ -31,7 +33,10 @@ struct Expected {
   reference::Array values;
 };
 struct TestCase {
-  reference::Inputs inputs; ///< `problem` and `sizes` among them
+  reference::Inputs inputs;                    ///< `problem` and `sizes` among them
+  std::vector<std::int64_t> has_initial_state; ///< of a mask
+  std::int64_t interior_interval = 0, interior_states = 0;
+  std::vector<std::int64_t> interior_slots; ///< [N, columns]
   reference::OutputGradients gradients;
   reference::Array d_gate; ///< gate_backward: what comes in
   std::vector<Expected> expected;

@@ -75,6 +75,7 @@ public:
     Status ok = forward_inputs();
     if (ok) ok = parameters();
     if (ok) ok = gradient_inputs();
+    if (ok) ok = tables();
     for (const Expected& e : case_.expected)
       if (ok) ok = output(e);
     if (ok) ok = workspace(variant);
@@ -177,8 +178,12 @@ private:
     return {};
   }
   Status state(const std::string& name, StateTensor& arg, const reference::Array* values) {
+    return state(name, arg, values, s_.sequences);
+  }
+  Status state(const std::string& name, StateTensor& arg, const reference::Array* values,
+               std::int64_t count) {
     const bool v_k = p_.state_layout == StateLayout::v_k;
-    Buffer b{name, p_.state_dtype, {1, s_.sequences, p_.value_heads, p_.key_dim * p_.value_dim}};
+    Buffer b{name, p_.state_dtype, {1, count, p_.value_heads, p_.key_dim * p_.value_dim}};
     set_strides(b, options_.strided ? 16 / size_of(p_.state_dtype) : 0);
     const Shape stride = b.stride;
     reference::Array turned;
@@ -242,6 +247,31 @@ private:
     return state("d_final_state", args_.d_final_state, &g.d_final_state);
   }
 
+  Status table(NumberTable& arg, const std::vector<std::int64_t>& numbers, std::int64_t columns) {
+    if (numbers.empty()) return {};
+    Buffer b;
+    b.name = "a table";
+    for (const std::int64_t x : numbers) {
+      const auto narrow = static_cast<std::int32_t>(x);
+      const auto* bytes = reinterpret_cast<const std::byte*>(&narrow);
+      b.before.insert(b.before.end(), bytes, bytes + sizeof narrow);
+    }
+    const auto data = put(b.before);
+    if (!data) return tl::unexpected(data.error());
+    b.data = *data;
+    arg = {b.data, columns, 1, static_cast<int>(columns), 0};
+    inputs_.push_back(std::move(b));
+    return {};
+  }
+  Status tables() {
+    args_.interior_interval = static_cast<int>(case_.interior_interval);
+    args_.interior_pool = case_.interior_states;
+    const std::int64_t columns =
+        static_cast<std::int64_t>(case_.interior_slots.size()) / std::max<std::int64_t>(s_.sequences, 1);
+    if (Status ok = table(args_.interior_slots, case_.interior_slots, columns); !ok) return ok;
+    return table(args_.has_initial_state, case_.has_initial_state, 1);
+  }
+
   Status output(const Expected& e) {
     const bool gate = p_.operation == Operation::gate;
     const std::int64_t hv = p_.value_heads, h = p_.heads, k = p_.key_dim, v = p_.value_dim;
@@ -253,6 +283,8 @@ private:
     if (e.name == "d_beta") return beta("d_beta", args_.d_beta, nullptr);
     if (!options_.optional_outputs) return {};
     if (e.name == "final_state") return state(e.name, args_.final_state, nullptr);
+    if (e.name == "interior_states")
+      return state(e.name, args_.interior_states, nullptr, case_.interior_states);
     if (e.name == "d_initial_state") return state(e.name, args_.d_initial_state, nullptr);
     if (e.name == "d_A_log") return flat(e.name, args_.d_A_log, hv, nullptr);
     return flat(e.name, args_.d_dt_bias, hv * k, nullptr);
@@ -359,7 +391,7 @@ double tolerance(const Problem& p, const Variant& v, const std::string& name) {
   // fp16 operands, and one rounding of the output.
   if (v.algorithm == Algorithm::fused) return type == DType::bf16 ? 2.5e-3 : 1e-3;
   if (name == "o") return 5e-3;
-  if (name == "final_state") return 4e-3;
+  if (name == "final_state" || name == "interior_states") return 4e-3;
   return name == "d_g" || name == "d_A_log" || name == "d_beta" ? 2e-2 : 1e-2;
 }
 

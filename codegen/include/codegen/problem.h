@@ -50,6 +50,10 @@ struct Problem {
   bool state_pool = false;  ///< states lie in the slots of a pool
   bool every_state = false; ///< recurrent with a pool: the state after every token is kept, not the last one
   bool updates = false;     ///< recurrent: u, k and decay of every token are kept, what replay needs
+  // Forward. Args describes the states.
+  bool interior_states = false; ///< states within the sequences are kept, too
+  bool batch_invariant = false; ///< a sequence gets the same bits whatever else is in the call: the variant
+                                ///< does not depend on the sizes
   bool tree = false; ///< tokens continue from a parent, not from the one before; recurrent with updates
 
   bool operator==(const Problem&) const = default;

@@ -31,6 +31,7 @@ struct Variant {
   int stages = 0;        ///< depth of the scan's prefetch, or of the fused kernel's ring
   int lanes = 0;         ///< token: lanes of a warp that share a row of K; 0: as many as K fills
   int streaming = 0;     ///< token: 1: states pass by L1 and leave L2 first
+  int segments = 0;      ///< fused: pieces of a sequence that run side by side; 0: one
   int overlap = 0;       ///< token: 1: starts while the kernel before it ends (programmatic dependent launch)
 
   bool operator==(const Variant&) const = default;

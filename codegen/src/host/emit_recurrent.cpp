@@ -53,10 +53,11 @@ private:
         step(token, k[0], k[1], from, c, std::min(4 * width_, columns_ - c) / width_);
       host::store_row(ir_, p_.dtype, o_, output_row(o_rows_, t), valid_);
       if (p_.updates) keep_update(t, k[0]);
-      if (p_.every_state) store_state(k[0], place_after(i));
+      if (p_.every_state) store_state(offsetof(KernelArgs, final_state), k[0], place_after(i));
+      if (p_.interior_states) store_state(offsetof(KernelArgs, interior_states), k[0], interior_after(i));
       return Values{k[1], k[0]};
     });
-    if (!p_.every_state) store_state(last[1], write_);
+    if (!p_.every_state) store_state(offsetof(KernelArgs, final_state), last[1], write_);
   }
 
   /// Keeps u_, and by one of a head's slices the keys and the decay; keys are those of a group's first head.
@@ -124,7 +125,7 @@ private:
         apply();
     });
     zero(u_, columns_);
-    store_state(keys_[0], write_);
+    store_state(offsetof(KernelArgs, final_state), keys_[0], write_);
   }
 
   // --- states ----------------------------------------------------------------------------------------------
@@ -159,14 +160,14 @@ private:
   }
 
   /// `k`: the keys of the last token, whose update is still due, and is not when the state has been stored.
-  void store_state(const Value& k, const Value& place) {
-    with_state(offsetof(KernelArgs, final_state), place, [&](const Value& matrix) {
+  void store_state(std::size_t tensor, const Value& k, const Value& place) {
+    with_state(tensor, place, [&](const Value& matrix) {
       ir_.loop(i64(0), i64(p_.key_dim), 1, [&](const Value& d) {
         const Value key = ir_.splat(ir_.load("float", ir_.at(k, "float", d), 4), width_);
         ir_.loop(i64(0), i64(columns_), width_, [&](const Value& c) {
           const Value x = ir_.fma(key, vector_at(u_, c), vector_at(state_row(d), c));
           if (direct_) ir_.store(x, ir_.at(matrix_row(matrix, d), "float", c), 4);
-          if (!direct_ || p_.every_state) put(x, state_row(d), c);
+          if (!direct_ || p_.every_state || p_.interior_states) put(x, state_row(d), c);
         });
         if (!direct_) host::store_row(ir_, p_.state_dtype, state_row(d), matrix_row(matrix, d), valid_);
       });

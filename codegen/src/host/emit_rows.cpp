@@ -53,7 +53,7 @@ private:
     carry_ = ir_.scratch(std::int64_t{columns_} * keys_); // between blocks, or the state widened
     sink_ = ir_.scratch(std::int64_t{rows_} * keys_);     // where no state is kept
     if (!in_registers_) near_ = ir_.scratch(std::int64_t{kNearRows} * keys_);
-    if (p_.every_state || p_.tree) kept_ = ir_.scratch(2 * block_); // pointers by token: where states go
+    if (keeps_states() || p_.tree) kept_ = ir_.scratch(2 * block_); // pointers by token: where states go
     if (p_.tree) {
       tree_ = ir_.scratch(std::int64_t{rows_} * keys_);
       paths_ = ir_.scratch(2 * block_);
@@ -96,6 +96,8 @@ private:
   Value row_at(const Value& data, const Value& r) {
     return ir_.at(data, host::element_type(p_.state_dtype), ir_.mul(r, i64(p_.key_dim)));
   }
+  /// States after tokens that are not the last.
+  [[nodiscard]] bool keeps_states() const { return p_.every_state || p_.interior_states; }
   /// A tree that is verified has no last state.
   [[nodiscard]] bool keeps_last() const {
     return !p_.every_state && (!p_.tree || p_.operation == Operation::replay);
@@ -172,8 +174,9 @@ private:
     ir_.store(token.beta, ir_.at(beta_, "float", i), 4);
     ir_.store(token.qk, ir_.at(qk_, "float", i), 4);
     const Value number = ir_.sub(ir_.add(t, i), begin);
-    if (p_.every_state) {
-      const Place to = place(offsetof(KernelArgs, final_state), place_after(number));
+    if (keeps_states()) {
+      const Place to = p_.every_state ? place(offsetof(KernelArgs, final_state), place_after(number))
+                                      : place(offsetof(KernelArgs, interior_states), interior_after(number));
       ir_.store(ir_.select(to.wanted, to.data, {"ptr", "null"}), ir_.at(kept_, "ptr", i), 8);
     }
     if (p_.tree) {
@@ -221,7 +224,7 @@ private:
     const Values u = results(row, i, sums);
     for (int r = 0; r < rows_; ++r)
       add_update(k, u[static_cast<std::size_t>(r)], r, x);
-    if (p_.every_state) keep_state(row, i, x);
+    if (keeps_states()) keep_state(row, i, x);
     return x;
   }
   /// u of rows from `row` on, from the vectors of their sums; stores it and o.
@@ -319,7 +322,7 @@ private:
     Values u;
     for (const Value& x : results(row, i, sums))
       u.push_back(ir_.splat(x, width_));
-    if (p_.every_state) keep_near(row, i, u, k);
+    if (keeps_states()) keep_near(row, i, u, k);
     return u;
   }
   /// The rows after token `i`, to the slot of that token.

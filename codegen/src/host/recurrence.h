@@ -162,6 +162,24 @@ protected:
         number(offsetof(KernelArgs, write_slots), is_present(offsetof(KernelArgs, final_state)), i);
     return ir_.select(is_padding(slot), i64(kNowhere), slot);
   }
+  /// Where the state after token `i` goes besides, kNowhere mostly.
+  Value interior_after(const Value& i) {
+    constexpr std::size_t kSlots = offsetof(KernelArgs, interior_slots);
+    const Value interval = count(offsetof(KernelArgs, interior_interval)), tokens = ir_.add(i, i64(1));
+    const Value column = ir_.sub(ir_.div(tokens, interval), i64(1));
+    const Value whole = ir_.compare("icmp eq", ir_.op("srem", tokens, interval), i64(0));
+    const Value wanted = both(both(whole, less(column, columns_of(kSlots))),
+                              is_present(offsetof(KernelArgs, interior_states)));
+    const Value slot = number(kSlots, wanted, column);
+    return ir_.select(outside(slot, offsetof(KernelArgs, interior_pool)), i64(kNowhere), slot);
+  }
+  /// There is a state to start from. Without a table, number() is not 0.
+  Value has_start() {
+    constexpr std::size_t kTable = offsetof(KernelArgs, has_initial_state);
+    const Value given = is_present(kTable + offsetof(NumberTable, data));
+    return both(is_present(offsetof(KernelArgs, initial_state)),
+                ir_.compare("icmp ne", number(kTable, given, i64(0)), i64(0)));
+  }
   Value writes_outside(const Value& tokens) {
     const Value columns = columns_of(offsetof(KernelArgs, write_slots));
     const Value in_place = ir_.compare("icmp eq", field("ptr", offsetof(KernelArgs, initial_state)),
@@ -248,13 +266,18 @@ protected:
             at(offsetof(KernelArgs, update_k), key_head()), at(offsetof(KernelArgs, update_decay), head_)};
   }
   // --- states ----------------------------------------------------------------------------------------------
+  /// The tensor is present, and `place` one of its states.
+  Value is_wanted(std::size_t offset, const Value& place) {
+    if (p_.state_pool || offset == offsetof(KernelArgs, interior_states))
+      return both(is_present(offset), ir_.compare("icmp ne", place, i64(kNowhere)));
+    return offset == offsetof(KernelArgs, initial_state) ? has_start() : is_present(offset);
+  }
   struct Place {
     Value wanted, data;
   };
   /// Element `first` of this head's matrix in slot `slot`, or `none` where there is no such state.
   Place place(std::size_t offset, const Value& slot, const Value& first, const Value& none) {
-    Value wanted = is_present(offset);
-    if (p_.state_pool) wanted = both(wanted, ir_.compare("icmp ne", slot, i64(kNowhere)));
+    const Value wanted = is_wanted(offset, slot);
     const Value n = ir_.mul(slot, field("i64", offset + offsetof(StateTensor, stride_sequence)));
     const Value h = ir_.mul(head_, field("i64", offset + offsetof(StateTensor, stride_head)));
     const Value data = ir_.select(wanted, field("ptr", offset), none);

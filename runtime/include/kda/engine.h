@@ -71,6 +71,16 @@ enum class PaddingPolicy : std::uint8_t { none, negative, zero, both };
 ///   layout. gate: g -> o, fp32 [B,T,HV,K] natural-log decay; gate_backward: d_o (fp32, of that shape) ->
 ///   d_g, d_A_log, d_dt_bias.
 ///
+/// States of a forward besides the last one (Problem::interior_states): the state after (j + 1) *
+/// interior_interval tokens of sequence n goes to slot interior_slots[n, j] of interior_states,
+/// [slots,HV,K,V] or [slots,HV,V,K] in the state's dtype, as long as the sequence has so many tokens and the
+/// table such a column. A number that is no slot means that this state is not kept: with an interval of 64
+/// and -1 elsewhere these are the states at any offsets that are multiples of 64. The slots of a call differ
+/// from each other, and interior_states is not the memory of another tensor.
+///
+/// has_initial_state, [N], of a forward or a recurrence without a pool: a sequence whose number is 0 starts
+/// from zero, whatever initial_state holds for it.
+///
 /// With a state pool (Problem::state_pool), initial_state and final_state are pools [slots,HV,K,V] or
 /// [slots,HV,V,K]: the same memory (in place) or two. Sequence n starts from slot read_slots[n] of
 /// initial_state (from zero where that is absent) and leaves its state in slot write_slots[n] of final_state
@@ -109,8 +119,12 @@ struct Args {
   IndexTensor cu_seqlens;
   Tensor update_u, update_k, update_decay; ///< recurrent with updates: out; replay: in
   IndexTable read_slots, write_slots;      ///< with a pool: given where initial_state and final_state are
-  IndexTable accepted; ///< [N]; replay; recurrent: with a pool, required where read_slots has columns
-  IndexTable parents;  ///< with a tree: [N, columns]
+  IndexTable accepted;       ///< [N]; replay; recurrent: with a pool, required where read_slots has columns
+  IndexTable parents;        ///< with a tree: [N, columns]
+  Tensor interior_states;    ///< with interior states
+  IndexTable interior_slots; ///< with interior states: [N, columns]
+  std::int64_t interior_interval = 64; ///< tokens, a multiple of 64
+  IndexTable has_initial_state;        ///< [N]; absent: every sequence has one, if there is initial_state
   PaddingPolicy padding = PaddingPolicy::none; ///< with a pool
   std::int32_t* slot_error = nullptr;          ///< one word on the kernel's device; null: nobody looks
   float scale = 0;                             ///< 0: K^-1/2

@@ -45,7 +45,7 @@ KDA_DEVICE void load_state(const StateTensor& x, int sequence, int head, int col
       state.s[n][e + 1] = valid ? to_float(base[offset + kStateStep]) : 0.f;
     }
 }
-KDA_DEVICE void store_state(const StateTensor& x, int sequence, int head, int column,
+KDA_DEVICE void store_state(const StateTensor& x, i64 sequence, int head, int column,
                             const ScanState& state) {
   if (x.data == nullptr) return;
   auto* base = static_cast<Config::State*>(x.data) + sequence * x.stride_sequence + head * x.stride_head;

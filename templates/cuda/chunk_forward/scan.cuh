@@ -9,6 +9,7 @@
 // Budget at K = 128, C = 64, 64 columns: 64 fp32 registers of state and 32 of its copy, 16 of U; 212 mma.sync
 // and 54 KB of shared-memory reads a warp and chunk, 65 KB of shared memory a stage.
 #include "chunk/state.cuh"
+#include "stages/number_table.cuh"
 #include "stages/schedule.cuh"
 
 namespace kda {
@@ -136,7 +137,9 @@ KDA_DEVICE void scan_chunks(const KernelArgs& args) {
   const bool works = warp_index() < blocks;
   const int column = first_column + warp_index() * 16;
   ScanState state;
-  if (works) load_state(args.initial_state, sequence, head, column, state);
+  StateTensor initial = args.initial_state;
+  if (!has_initial_state(args, sequence)) initial.data = nullptr;
+  if (works) load_state(initial, sequence, head, column, state);
   Config::Element* o = row_of<Config::Element>(args.o, span.batch, span.begin, head) + column;
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -149,6 +152,11 @@ KDA_DEVICE void scan_chunks(const KernelArgs& args) {
     scan_chunk(state, shared_memory() + chunk % Config::stages * Stage::bytes, warp_index(),
                o + first * args.o.stride_token, args.o.stride_token,
                static_cast<int>(min(rest, i64(Config::chunk))), Config::V - column);
+    if constexpr (Config::interior_states)
+      if (rest >= Config::chunk) {
+        const i64 slot = interior_slot(args, sequence, first + Config::chunk);
+        if (slot != kNowhere) store_state(args.interior_states, slot, head, column, state);
+      }
   }
   if (works) store_state(args.final_state, sequence, head, column, state);
 }

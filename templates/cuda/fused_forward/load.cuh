@@ -27,7 +27,9 @@ struct TileCopy {
   }
 };
 
-KDA_DEVICE void load_attempt(const KernelArgs& args, const FusedSpan& span, int head, int attempt) {
+template <Pass pass>
+KDA_DEVICE void load_attempt(const KernelArgs& args, const Walk& walk, int head, int attempt) {
+  const FusedSpan& span = walk.span;
   const int lane = lane_index(), chunks = span.chunks, key_head = head / Config::group;
   TileCopy<Config::Element> q(args.q, span, key_head), k(args.k, span, key_head), v(args.v, span, head);
   TileCopy<Config::Gate> g(args.g, span, head);
@@ -49,8 +51,8 @@ KDA_DEVICE void load_attempt(const KernelArgs& args, const FusedSpan& span, int 
     unsigned char* slot = place.data();
     g.start<Slot::tile_half>(slot + Slot::g, rows);
     k.start<Slot::tile_half>(slot + Slot::k, rows);
-    q.start<Slot::rows_half>(slot + Slot::q, rows);
-    v.start<Slot::tile_half>(slot + Slot::v, rows);
+    if constexpr (pass != Pass::summary) q.start<Slot::rows_half>(slot + Slot::q, rows);
+    v.start<Slot::tile_half>(slot + Slot::v, walk.values ? rows : 0);
     arrive_copies(place.full());
     if (lane < kChunk) place.beta()[lane] = own;
     sync_warp();
@@ -58,10 +60,11 @@ KDA_DEVICE void load_attempt(const KernelArgs& args, const FusedSpan& span, int 
   }
 }
 
-KDA_DEVICE void load_chunks(const KernelArgs& args, const FusedSpan& span, int head) {
+template <Pass pass>
+KDA_DEVICE void load_chunks(const KernelArgs& args, const Walk& walk, int head) {
   int attempt = 0;
   do
-    load_attempt(args, span, head, attempt);
+    load_attempt<pass>(args, walk, head, attempt);
   while (another_attempt(attempt));
 }
 

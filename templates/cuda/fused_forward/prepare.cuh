@@ -118,8 +118,8 @@ struct RowSquares {
   }
 };
 
-/// One warp prepares chunks as they come.
-template <bool kWide>
+/// One warp prepares chunks as they come. Without queries nothing of q and M is made.
+template <bool kWide, bool kQueries>
 struct ChunkMaker {
   // ldmatrix rows of this lane, bytes in a tile: 16x16 blocks as A, and as B (the 8x8 matrices in another
   // order). Block b of a half is at place ^ 32 b.
@@ -181,7 +181,7 @@ struct ChunkMaker {
       const unsigned char* k_half = slot + Slot::k + half * Slot::tile_half;
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
-        q.add(q_half + (a_place ^ b * 32), q_half + (b_place ^ b * 32));
+        if constexpr (kQueries) q.add(q_half + (a_place ^ b * 32), q_half + (b_place ^ b * 32));
         k.add(k_half + (a_place ^ b * 32), k_half + (b_place ^ b * 32));
       }
     }
@@ -215,7 +215,10 @@ struct ChunkMaker {
     unsigned char* to_k = slot + Slot::k + half * Slot::tile_half + at;
     u32 raw_k[4], raw_q[4];
     load_matrix_x4(raw_k, to_k);
-    load_matrix_x4(raw_q, to_q);
+    if constexpr (kQueries)
+      load_matrix_x4(raw_q, to_q);
+    else
+      raw_q[0] = raw_q[1] = raw_q[2] = raw_q[3] = 0;
     const GateBlock own = gates;
     // The next block's gates run ahead, while the products of this one are under way.
     load_gates(gates, slot, (channel + 16) % Config::K);
@@ -270,12 +273,12 @@ struct ChunkMaker {
       // The unit takes channel lane%4 from words 0, 1 and lane%4 + 4 from 2, 3; these are 2(lane%4) and the
       // next, on both sides alike. It cuts mantissas to 10 bits.
       mma_16x8x8_tf32(pairs.l, row_k, column_k[0], column_k[2]);
-      mma_16x8x8_tf32(pairs.m, row_q, column_k[0], column_k[2]);
+      if constexpr (kQueries) mma_16x8x8_tf32(pairs.m, row_q, column_k[0], column_k[2]);
       const float last[4] = {row_k[1], row_q[1], row_k[3], row_q[3]};
       mma_16x8x8_tf32(pairs.last, last, column_k[1], column_k[3]);
     }
     store_matrix_x4(slot + Slot::rows + half * Slot::rows_half + at, decayed_k);
-    store_matrix_x4(to_q, decayed_q);
+    if constexpr (kQueries) store_matrix_x4(to_q, decayed_q);
     store_matrix_x4(to_k, state_k);
   }
 
@@ -291,7 +294,7 @@ struct ChunkMaker {
         pack2<StateOperand>(column <= row ? pairs.m[0] : 0.f, column + 1 <= row ? pairs.m[1] : 0.f),
         pack2<StateOperand>(pairs.m[2], pairs.m[3]), 0u,
         pack2<StateOperand>(column <= row ? pairs.last[2] : 0.f, column + 1 <= row ? pairs.last[3] : 0.f)};
-    store_matrix_x4(matrix + Slot::m, m);
+    if constexpr (kQueries) store_matrix_x4(matrix + Slot::m, m);
     const float beta = place.beta()[lane & 15];
     const float b0 = -shuffle(beta, row), b1 = -shuffle(beta, row + 8);
     float* own = scratch + column * stride + row; // transposed: [column][row]
@@ -331,11 +334,11 @@ struct ChunkMaker {
   }
 };
 
-template <bool kWide>
+template <bool kWide, bool kQueries>
 KDA_DEVICE void prepare_some(const KernelArgs& args, const FusedSpan& span, int head) {
   const int warp = warp_index() - kStateWarps, chunks = span.chunks;
   float* scratch = fused_at<float>(FusedShared::solve) + warp * (FusedShared::solve_bytes / 4);
-  const ChunkMaker<kWide> maker(args, head, scratch);
+  const ChunkMaker<kWide, kQueries> maker(args, head, scratch);
   int attempt = 0;
   do {
     const auto claim = [&] {
@@ -357,11 +360,13 @@ KDA_DEVICE void prepare_some(const KernelArgs& args, const FusedSpan& span, int 
   } while (another_attempt(attempt));
 }
 
+template <Pass pass>
 KDA_DEVICE void prepare_chunks(const KernelArgs& args, const FusedSpan& span, int head) {
+  constexpr bool queries = pass != Pass::summary;
   constexpr bool bounded = Config::gate == GateKind::bounded || Config::gate == GateKind::bounded_no_a;
   if constexpr (bounded)
-    if (args.lower_bound >= -5.f) return prepare_some<false>(args, span, head);
-  prepare_some<true>(args, span, head);
+    if (args.lower_bound >= -5.f) return prepare_some<false, queries>(args, span, head);
+  prepare_some<true, queries>(args, span, head);
 }
 
 } // namespace kda

@@ -14,6 +14,7 @@
 #include "primitives/mbarrier.cuh"
 #include "primitives/vote.cuh"
 #include "stages/gate.cuh"
+#include "stages/segments.cuh"
 #include "stages/token_load.cuh"
 
 namespace kda {
@@ -93,7 +94,7 @@ struct Place {
   KDA_DEVICE float* beta() const { return fused_at<float>(FusedShared::beta) + slot * kChunk; }
 };
 
-/// A sequence: its tokens begin at `begin` of batch row `batch`, the last chunk may be short.
+/// Tokens from `begin` of batch row `batch`, the last chunk may be short.
 struct FusedSpan {
   i64 batch, begin;
   int chunks, last_rows;
@@ -101,12 +102,35 @@ struct FusedSpan {
       : batch(batch), begin(begin), chunks(static_cast<int>((tokens + kChunk - 1) / kChunk)),
         last_rows(static_cast<int>(tokens - static_cast<i64>(chunks - 1) * kChunk)) {}
   KDA_DEVICE int rows(int chunk) const { return chunk + 1 < chunks ? kChunk : last_rows; }
+  /// Some of the chunks.
+  KDA_DEVICE FusedSpan part(int first, int count) const {
+    FusedSpan x = *this;
+    x.begin += static_cast<i64>(first) * kChunk;
+    x.chunks = count;
+    if (first + count < chunks) x.last_rows = kChunk;
+    return x;
+  }
 };
 KDA_DEVICE FusedSpan find_span(const KernelArgs& args, int sequence) {
   if constexpr (!Config::varlen) return FusedSpan(sequence, 0, args.tokens);
   const auto* cu = static_cast<const Config::Index*>(args.cu_seqlens);
   return FusedSpan(0, i64(cu[sequence]), i64(cu[sequence + 1]) - i64(cu[sequence]));
 }
+
+/// What a launch walks (stages/segments.cuh).
+enum class Pass { whole, summary, walk, repair };
+/// What one CTA walks.
+struct Walk {
+  enum class Start { initial, zero, identity, segment };
+  FusedSpan span;
+  int first; ///< its first chunk in the sequence
+  Start start;
+  bool values;       ///< v is read; zeros else
+  bool last;         ///< to the end of the sequence
+  const float* from; ///< Start::segment: S^T
+  float* to;         ///< summary: for the S^T behind it; walk: what the next segment took for it
+  u32* marks;        ///< walk: of the boundary behind it; null behind the last
+};
 
 constexpr bool kPrecomputed = Config::gate == GateKind::log_e || Config::gate == GateKind::log2;
 KDA_DEVICE float gate_a(const KernelArgs& args, int head) {

@@ -13,6 +13,7 @@
 #include "primitives/matrix.cuh"
 #include "primitives/tma.cuh"
 #include "primitives/wgmma.cuh"
+#include "stages/number_table.cuh"
 #include "stages/state_place.cuh"
 
 namespace kda {
@@ -42,10 +43,35 @@ struct ColumnScales {
   KDA_DEVICE void reduce(int h) { in[h] *= in[h] == 1.f ? kFirstScale : kScaleStep; }
 };
 
-/// From the initial state to the final one, in s. `place`: the first chunk's.
-template <bool kScaled>
-KDA_DEVICE void walk_chunks(const KernelArgs& args, const FusedSpan& span, int head, int chunks, Place place,
-                            const ColumnScales& scales, float (&s)[kStateFloats]) {
+/// A state in memory: of the caller, or S^T of a segment in the workspace.
+template <class Access>
+KDA_DEVICE void visit_state(bool segment, Access access) {
+  const int column = warp_index() * 16, v = column + (lane_index() >> 2), k = (lane_index() & 3) * 2;
+#pragma unroll
+  for (int i = 0; i < kStateFloats; i += 2) {
+    int offset;
+    state_place(column, i / 4, i % 4, offset);
+    if (segment) offset = (v + i / 2 % 2 * 8) * Config::K + i / 4 * 8 + k;
+    access(i, offset);
+  }
+}
+
+KDA_DEVICE void store_state(const StateTensor& x, i64 place, int head, const ColumnScales& scales,
+                            const float (&s)[kStateFloats]) {
+  auto* to = static_cast<Config::State*>(x.data) + place * x.stride_sequence + head * x.stride_head;
+  visit_state(false, [&](int i, int offset) {
+    const float scale = scales.out(i / 2 % 2);
+    to[offset] = from_float<Config::State>(s[i] * scale);
+    to[offset + kStateStep] = from_float<Config::State>(s[i + 1] * scale);
+  });
+}
+
+/// Through the chunks, from the state in s to the state in s. `place`: the first chunk's. Without outputs
+/// nothing of q and M is read.
+template <bool kScaled, bool kOutputs>
+KDA_DEVICE void walk_chunks(const KernelArgs& args, const Walk& walk, int sequence, int head, int chunks,
+                            Place place, const ColumnScales& scales, float (&s)[kStateFloats]) {
+  const FusedSpan& span = walk.span;
   const int lane = lane_index(), warp = warp_index();
   // This lane's row of ldmatrix: v^T of its warp, 16 columns of V.
   const int token = (lane & 7) + (lane >> 4) * 8;
@@ -59,7 +85,8 @@ KDA_DEVICE void walk_chunks(const KernelArgs& args, const FusedSpan& span, int h
     sync_warp();
     const unsigned char* slot = place.data();
     const u32 operands = matrix_place(slot);
-    float r[16]; // columns 0..7, 8..15 of R, then of P
+    constexpr int columns = kOutputs ? 32 : 16;
+    float r[columns / 2]; // columns 0..7, 8..15 of R, then of P
     u32 x[4];
     load_matrix_x4_transposed(x, slot + Slot::v + v_place);
 #pragma unroll
@@ -67,7 +94,7 @@ KDA_DEVICE void walk_chunks(const KernelArgs& args, const FusedSpan& span, int h
       const float scale = kScaled ? scales.in[i & 1] : 1.f;
       r[2 * i] = low_half<Config::Element>(x[i]) * scale;
       r[2 * i + 1] = high_half<Config::Element>(x[i]) * scale;
-      r[8 + 2 * i] = r[9 + 2 * i] = 0.f;
+      if constexpr (kOutputs) r[8 + 2 * i] = r[9 + 2 * i] = 0.f;
     }
     u32 a[Config::K / 16][4];
 #pragma unroll
@@ -84,12 +111,12 @@ KDA_DEVICE void walk_chunks(const KernelArgs& args, const FusedSpan& span, int h
     wgmma_fence();
 #pragma unroll
     for (int b = 0; b < Config::K / 16; ++b)
-      wgmma<StateOperand, 32, false, true>(
+      wgmma<StateOperand, columns, false, true>(
           r, a[b],
           matrix_descriptor(operands, Slot::rows + b / 4 * Slot::rows_half + b % 4 * 32, Swizzle::b128,
                             1024));
     wgmma_commit();
-    if (!kScaled && chunk > 0) {
+    if (kOutputs && !kScaled && chunk > 0) {
       out.store(true);
       out.to += kChunk * args.o.stride_token;
     }
@@ -107,48 +134,88 @@ KDA_DEVICE void walk_chunks(const KernelArgs& args, const FusedSpan& span, int h
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       u[i] = pack2<StateOperand>(y[2 * i], y[2 * i + 1]);
-    float o[8];
+    [[maybe_unused]] float o[8];
     wgmma_fence();
     wgmma<StateOperand, Config::K, true>(
         s, u, matrix_descriptor(operands, Slot::k, Swizzle::b128, 1024, Slot::tile_half));
-    wgmma<StateOperand, 16>(o, u, matrix_descriptor(operands, Slot::m, Swizzle::none, 256, 128), false);
+    if constexpr (kOutputs)
+      wgmma<StateOperand, 16>(o, u, matrix_descriptor(operands, Slot::m, Swizzle::none, 256, 128), false);
     wgmma_commit();
     wgmma_wait<0>();
     sync_warp();
     if (lane == 0) mbarrier_arrive(place.free());
+    if constexpr (kOutputs && Config::interior_states)
+      if (span.rows(chunk) == kChunk) {
+        const i64 slot = interior_slot(args, sequence, static_cast<i64>(walk.first + chunk + 1) * kChunk);
+        if (slot != kNowhere) store_state(args.interior_states, slot, head, scales, s);
+      }
+    if constexpr (kOutputs)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float scale = kScaled ? scales.out(i & 1) : 1.f;
-      out.words[i] =
-          pack2<Config::Element>((o[2 * i] - r[8 + 2 * i]) * scale, (o[2 * i + 1] - r[9 + 2 * i]) * scale);
-    }
-    if constexpr (kScaled) { // at once: fewer registers
+      for (int i = 0; i < 4; ++i) {
+        const float scale = kScaled ? scales.out(i & 1) : 1.f;
+        out.words[i] =
+            pack2<Config::Element>((o[2 * i] - r[8 + 2 * i]) * scale, (o[2 * i + 1] - r[9 + 2 * i]) * scale);
+      }
+    if constexpr (kOutputs && kScaled) { // at once: fewer registers
       out.store((lane >> 1) < span.rows(chunk));
       out.to += kChunk * args.o.stride_token;
     }
   }
-  if (!kScaled && chunks > 0) out.store((lane >> 1) < span.rows(chunks - 1));
+  if (kOutputs && !kScaled && chunks > 0) out.store((lane >> 1) < span.rows(chunks - 1));
 }
 
-KDA_DEVICE void carry_state(const KernelArgs& args, const FusedSpan& span, int sequence, int head) {
-  const int column = warp_index() * 16, chunks = span.chunks;
+/// Whether the state that was walked to is the start that the next segment took: for each channel and these
+/// 16 columns, the sum of differences against the sum of magnitudes. fp16 operands are rounded by as much.
+KDA_DEVICE bool agrees(const float (&s)[kStateFloats], const ColumnScales& scales, const float* taken) {
+  constexpr float kAgreement = 1.f / 1024;
+  bool all = true;
+  visit_state(true, [&](int i, int offset) {
+    if (i % 4 != 0) return; // both columns of a thread at once
+    const Word2 x = *reinterpret_cast<const Word2*>(taken + offset);
+    const Word2 y = *reinterpret_cast<const Word2*>(taken + offset + 8 * Config::K);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float a = s[i + e] * scales.out(0), b = s[i + 2 + e] * scales.out(1);
+      const float da = a - bits_float(x.w[e]), db = b - bits_float(y.w[e]);
+      float difference = max(da, -da) + max(db, -db), size = max(a, -a) + max(b, -b);
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) {
+        difference += shuffle_xor(difference, mask);
+        size += shuffle_xor(size, mask);
+      }
+      all = all && difference <= kAgreement * size;
+    }
+  });
+  return vote_all(all);
+}
+
+template <Pass pass>
+KDA_DEVICE void carry_state(const KernelArgs& args, const Walk& walk, int sequence, int head) {
+  const int chunks = walk.span.chunks;
+  const auto* const initial = has_initial_state(args, sequence)
+                                  ? static_cast<const Config::State*>(args.initial_state.data)
+                                  : nullptr;
+  const i64 from = sequence * args.initial_state.stride_sequence + head * args.initial_state.stride_head;
   float s[kStateFloats];
   ColumnScales scales;
   const auto load = [&] {
-    const auto* from = static_cast<const Config::State*>(args.initial_state.data);
-    if (from != nullptr)
-      from += sequence * args.initial_state.stride_sequence + head * args.initial_state.stride_head;
-#pragma unroll
-    for (int i = 0; i < kStateFloats; i += 2) {
-      int offset;
-      state_place(column, i / 4, i % 4, offset);
+    visit_state(pass != Pass::whole && walk.start != Walk::Start::initial, [&](int i, int offset) {
       const float scale = scales.in[i / 2 % 2];
-      s[i] = from != nullptr ? to_float(from[offset]) * scale : 0.f;
-      s[i + 1] = from != nullptr ? to_float(from[offset + kStateStep]) * scale : 0.f;
-    }
+      if (pass == Pass::whole || walk.start == Walk::Start::initial) {
+        s[i] = initial != nullptr ? to_float(initial[from + offset]) * scale : 0.f;
+        s[i + 1] = initial != nullptr ? to_float(initial[from + offset + kStateStep]) * scale : 0.f;
+      } else if (walk.start == Walk::Start::segment) {
+        s[i] = walk.from[offset] * scale;
+        s[i + 1] = walk.from[offset + 1] * scale;
+      } else {
+        const int diagonal = walk.start == Walk::Start::identity ? offset % (Config::K + 1) : 1;
+        s[i] = diagonal == 0 ? scale : 0.f;
+        s[i + 1] = diagonal == Config::K ? scale : 0.f;
+      }
+    });
   };
   load();
-  walk_chunks<false>(args, span, head, chunks, Place{}, scales, s);
+  walk_chunks<false, pass != Pass::summary>(args, walk, sequence, head, chunks, Place{}, scales, s);
   int attempt = 0;
   // An overflow reaches every channel of its column: one tells.
   const auto overflow = [&] {
@@ -164,21 +231,23 @@ KDA_DEVICE void carry_state(const KernelArgs& args, const FusedSpan& span, int s
 #pragma unroll 1
   while (another_attempt(attempt, overflow())) {
     load();
-    walk_chunks<true>(args, span, head, chunks, Place::of(attempt * chunks), scales, s);
+    walk_chunks<true, pass != Pass::summary>(args, walk, sequence, head, chunks, Place::of(attempt * chunks),
+                                             scales, s);
   }
 
-  // Only now: it may lie where the initial state does.
-  if (args.final_state.data == nullptr) return;
-  auto* to = static_cast<Config::State*>(args.final_state.data) +
-             sequence * args.final_state.stride_sequence + head * args.final_state.stride_head;
-#pragma unroll
-  for (int i = 0; i < kStateFloats; i += 2) {
-    int offset;
-    state_place(column, i / 4, i % 4, offset);
-    const float scale = scales.out(i / 2 % 2);
-    to[offset] = from_float<Config::State>(s[i] * scale);
-    to[offset + kStateStep] = from_float<Config::State>(s[i + 1] * scale);
+  if constexpr (pass == Pass::summary) {
+    visit_state(true, [&](int i, int offset) {
+      const float scale = scales.out(i / 2 % 2);
+      *reinterpret_cast<Word2*>(walk.to + offset) =
+          Word2{{float_bits(s[i] * scale), float_bits(s[i + 1] * scale)}};
+    });
+    return;
   }
+  if (pass == Pass::walk && walk.marks != nullptr && walk.marks[0] != 0 && !agrees(s, scales, walk.to))
+    if (lane_index() == 0) atomic_max(reinterpret_cast<int*>(walk.marks) + 1, 1);
+  // Only now: it may lie where the initial state does.
+  if (!walk.last || args.final_state.data == nullptr) return;
+  store_state(args.final_state, sequence, head, scales, s);
 }
 
 } // namespace kda

@@ -4,6 +4,7 @@
 // graph sees what the tables hold then; and all of it is checked before anything is written.
 #include "primitives/vote.cuh"
 #include "recurrent/work.cuh"
+#include "stages/number_table.cuh"
 
 namespace kda {
 
@@ -12,33 +13,11 @@ struct Places {
   i64 steps;       ///< replay: 1 + the last token to apply
   bool runs;       ///< false: padding, a no-op or refused; no state is touched
 };
-constexpr i64 kNowhere = -1;
 constexpr int kMostTreeTokens = 64; ///< bits of a path
 
 KDA_DEVICE bool is_padding(const KernelArgs& args, i64 slot) {
   return ((args.padding & kSkipNegative) != 0 && slot < 0) || ((args.padding & kSkipZero) != 0 && slot == 0);
 }
-/// A number of a table as it lies in memory: converting would wait for it.
-struct LoadedNumber {
-  u32 low, high;
-  KDA_DEVICE i64 value(const NumberTable& table) const {
-    return table.wide != 0 ? static_cast<i64>(u64{high} << 32 | low) : i64{static_cast<int>(low)};
-  }
-};
-KDA_DEVICE LoadedNumber load_number(const NumberTable& table, u32 sequence, i64 column, bool given) {
-  const u32* const at = static_cast<const u32*>(table.data) +
-                        ((sequence * table.stride_sequence + column * table.stride_column) << table.wide);
-  LoadedNumber n = {};
-  if (given) n = {at[0], at[table.wide]};
-  return n;
-}
-KDA_DEVICE i64 number_of(const NumberTable& table, u32 sequence, i64 column) {
-  return load_number(table, sequence, column, true).value(table);
-}
-KDA_DEVICE bool outside(i64 slot, i64 slots) {
-  return static_cast<u64>(slot) >= static_cast<u64>(slots);
-}
-
 /// Raises the error word; of all warps of a sequence one does.
 KDA_DEVICE void raise_error(const KernelArgs& args, const Work& w) {
   if (w.value_head == 0 && w.row == 0 && lane_index() == 0 && args.slot_error != nullptr)
@@ -112,9 +91,14 @@ KDA_DEVICE Numbers load_numbers(const KernelArgs& args, const Work& w) {
   return n;
 }
 
+/// There is a state to start from.
+KDA_DEVICE bool has_start(const KernelArgs& args, const Work& w) {
+  return Config::pool || Config::replay ? args.initial_state.data != nullptr
+                                        : has_initial_state(args, w.sequence);
+}
 /// The sequence may start from `read`, as far as that alone tells: reading it is harmless.
-KDA_DEVICE bool is_readable(const KernelArgs& args, const Numbers& n, i64 read) {
-  if (args.initial_state.data == nullptr || n.accepted < 1) return false;
+KDA_DEVICE bool is_readable(const KernelArgs& args, const Work& w, const Numbers& n, i64 read) {
+  if (!has_start(args, w) || n.accepted < 1) return false;
   return !Config::pool || !(is_padding(args, read) || outside(read, args.read_pool));
 }
 

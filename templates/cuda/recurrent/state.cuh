@@ -66,9 +66,8 @@ KDA_DEVICE void widen_state(const LoadedState& loaded, float (&state)[kRows][kCh
   }
 }
 
-KDA_DEVICE void store_state(const KernelArgs& args, i64 place, const Work& w,
+KDA_DEVICE void store_state(const StateTensor& tensor, i64 place, const Work& w,
                             const float (&state)[kRows][kChannels]) {
-  const StateTensor& tensor = args.final_state;
   State* const base = static_cast<State*>(tensor.data) + state_offset(tensor, place, w);
 #pragma unroll
   for (int i = 0; i < kStateGroups; ++i) {
