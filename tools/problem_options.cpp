@@ -73,6 +73,8 @@ Status read_fields(const nlohmann::json& object, ProblemOptions& o) {
       o.interior_states = value.get<bool>();
     else if (key == "batch_invariant")
       o.batch_invariant = value.get<bool>();
+    else if (key == "saved_interval")
+      o.saved_interval = value.get<int>();
     else
       return fail(ErrorCode::invalid_argument, fmt::format("unknown key '{}' in a problem", key));
   }
@@ -107,6 +109,8 @@ void ProblemOptions::add_to(CLI::App& app) {
   app.add_flag("--interior-states", interior_states, "forward: keep states within the sequences, too");
   app.add_flag("--batch-invariant", batch_invariant,
                "forward: one variant for all sizes, the same bits in any batch");
+  app.add_option("--saved-interval", saved_interval,
+                 "backward: tokens from one state that the forward saved to the next, a multiple of 64");
   app.add_option("--batch", batch, "B")->capture_default_str();
   app.add_option("--tokens", tokens, "T of a batch row, or all tokens when packed")->capture_default_str();
   app.add_option("--sequences", sequences, "N when packed (default: B)");
@@ -142,6 +146,7 @@ Result<Problem> ProblemOptions::problem() const {
   p.tree = tree;
   p.interior_states = interior_states;
   p.batch_invariant = batch_invariant;
+  p.saved_interval = saved_interval;
   if (const Status ok = validate(p); !ok) return tl::unexpected(ok.error());
   return p;
 }

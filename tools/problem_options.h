@@ -11,7 +11,7 @@ namespace kda::tools {
 struct ProblemOptions {
   std::string operation = "forward", dtype = "bf16", gate_dtype, beta_dtype, state_dtype = "fp32",
               state_layout = "v_k", gate = "bounded", cu_seqlens = "int64";
-  int heads = 32, value_heads = 0, key_dim = 128, value_dim = 128;
+  int heads = 32, value_heads = 0, key_dim = 128, value_dim = 128, saved_interval = 0;
   bool dt_bias = false, beta_sigmoid = false, beta_times_two = false, qk_l2norm = false, varlen = false,
        state_pool = false, every_state = false, updates = false, tree = false, interior_states = false,
        batch_invariant = false;

@@ -1,5 +1,6 @@
 // The table of kernel families, and the pure functions that only dispatch to them.
 #include "family.h"
+#include <algorithm>
 #include <fmt/format.h>
 #include <limits>
 
@@ -97,9 +98,26 @@ std::size_t fastest(const std::vector<Variant>& fit, const Problem& p, const Tar
 } // namespace
 
 Result<Variant> choose(const Problem& p, const Target& t, const Sizes& s) {
+  return choose(p, t, s, static_cast<std::size_t>(-1));
+}
+
+Result<Variant> choose(const Problem& p, const Target& t, const Sizes& s, std::size_t max_workspace) {
   const auto fit = fitting(p, t);
   if (!fit) return tl::unexpected(fit.error());
-  return (*fit)[fastest(*fit, p, t, {rounded(s.batch), rounded(s.tokens), rounded(s.sequences)})];
+  std::vector<Variant> small;
+  std::size_t least = std::numeric_limits<std::size_t>::max();
+  for (const Variant& v : *fit) {
+    const std::size_t bytes = workspace_layout(p, v, s).bytes;
+    least = std::min(least, bytes);
+    if (bytes <= max_workspace) small.push_back(v);
+  }
+  if (small.empty())
+    return fail(
+        ErrorCode::invalid_argument,
+        fmt::format("{} needs a workspace of {} bytes at least for {} tokens in {} sequences, and {} are "
+                    "allowed",
+                    to_string(p), least, s.batch * s.tokens, s.sequences, max_workspace));
+  return small[fastest(small, p, t, {rounded(s.batch), rounded(s.tokens), rounded(s.sequences)})];
 }
 
 Result<std::vector<Variant>> choices(const Problem& p, const Target& t) {

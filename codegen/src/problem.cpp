@@ -6,6 +6,8 @@
 namespace kda {
 namespace {
 
+constexpr std::int64_t kMostInterval = 1 << 20;
+
 template <class E, std::size_t n>
 using Names = std::array<std::pair<E, const char*>, n>;
 
@@ -39,6 +41,14 @@ Result<E> parse(const Names<E, n>& names, std::string_view text, const char* wha
     all += all.empty() ? name : fmt::format(", {}", name);
   }
   return fail(ErrorCode::invalid_argument, fmt::format("unknown {} '{}'; choose one of {}", what, text, all));
+}
+
+/// Why states cannot lie so many tokens apart; empty when they can.
+std::string interval_fault(std::int64_t interval) {
+  if (interval >= 0 && interval <= kMostInterval && interval % 64 == 0) return {};
+  return fmt::format("is {}; multiples of 64 up to 2^20 are supported, and 0 for no states: they lie between "
+                     "chunks",
+                     interval);
 }
 
 bool supported_dim(int dim) {
@@ -102,6 +112,7 @@ std::string to_string(const Problem& p) {
   if (p.tree) s += " tree";
   if (p.interior_states) s += " interior_states";
   if (p.batch_invariant) s += " batch_invariant";
+  if (p.saved_interval != 0) s += fmt::format(" saved={}", p.saved_interval);
   return s;
 }
 
@@ -146,7 +157,29 @@ Status validate(const Problem& p) {
   if (p.batch_invariant && p.operation != Operation::forward)
     return refuse(
         fmt::format("batch_invariant goes with the operation forward, not with {}", to_string(p.operation)));
+  if (p.saved_interval != 0 && p.operation != Operation::backward)
+    return refuse(
+        fmt::format("saved_interval says what a backward is given and goes with that operation, not "
+                    "with {}",
+                    to_string(p.operation)));
+  if (const std::string why = interval_fault(p.saved_interval); !why.empty())
+    return refuse("saved_interval " + why);
   return {};
+}
+
+Result<SavedStates> saved_states(const Problem& p, const Sizes& s, std::int64_t interval) {
+  if (const std::string why = interval_fault(interval); !why.empty())
+    return fail(ErrorCode::invalid_argument, "the interval of saved states " + why);
+  if (s.batch < 0 || s.tokens < 0 || s.sequences < 0)
+    return fail(ErrorCode::invalid_argument, "batch, tokens and sequences must not be negative");
+  if (interval == 0) return SavedStates{};
+  SavedStates saved;
+  saved.interval = interval;
+  saved.columns = s.tokens / interval;
+  saved.slots = s.batch * saved.columns;
+  const std::int64_t state = std::int64_t{p.value_heads} * p.key_dim * p.value_dim * size_of(p.state_dtype);
+  saved.bytes = saved.slots * state + s.sequences * saved.columns * 4;
+  return saved;
 }
 
 } // namespace kda

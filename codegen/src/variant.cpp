@@ -11,7 +11,7 @@ struct Field {
   const char* name;
   int Variant::*member;
 };
-constexpr std::array<Field, 10> kFields{{{"c", &Variant::chunk},
+constexpr std::array<Field, 11> kFields{{{"c", &Variant::chunk},
                                          {"vt", &Variant::value_tile},
                                          {"pw", &Variant::prepare_warps},
                                          {"sw", &Variant::scan_warps},
@@ -20,6 +20,7 @@ constexpr std::array<Field, 10> kFields{{{"c", &Variant::chunk},
                                          {"l", &Variant::lanes},
                                          {"seg", &Variant::segments},
                                          {"cs", &Variant::streaming},
+                                         {"sl", &Variant::slab},
                                          {"pdl", &Variant::overlap}}};
 constexpr std::array<std::pair<Algorithm, const char*>, 4> kAlgorithms{{{Algorithm::token, "token"},
                                                                         {Algorithm::chunk, "chunk"},

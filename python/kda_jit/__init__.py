@@ -43,7 +43,8 @@ class _EngineOptions(C.Structure):
 
 
 _PROBLEM = ("operation heads value_heads key_dim value_dim dtype gate_dtype beta_dtype state_dtype state_layout gate dt_bias "
-            "beta_sigmoid beta_times_two qk_l2norm varlen cu_seqlens_type state_pool every_state updates tree interior_states batch_invariant").split()
+             "beta_sigmoid beta_times_two qk_l2norm varlen cu_seqlens_type state_pool every_state updates tree interior_states batch_invariant "
+             "saved_interval").split()
 
 
 class _Problem(C.Structure):
@@ -72,6 +73,10 @@ class _Args(C.Structure):
                 [(name, _Tensor) for name in TENSORS] + [("cu_seqlens", _IndexTensor)] + [(name, _Tensor) for name in UPDATES] + [(name, _IndexTable) for name in TABLES] +
                 [("slot_error", C.c_void_p), ("interior_states", _Tensor)] + [(name, _IndexTable) for name in FORWARD_TABLES] +
                 [("interior_interval", C.c_int64)])
+
+
+class _SavedStates(C.Structure):
+    _fields_ = [("struct_size", C.c_uint32)] + [(name, C.c_int64) for name in ("interval", "slots", "columns", "bytes")]
 
 
 def _load():
@@ -131,6 +136,28 @@ def _table(name, t):
     return _IndexTable(t.data_ptr(), _index_type(name, t), len(t.shape), (C.c_int64 * 2)(*t.shape), (C.c_int64 * 2)(*t.stride()))
 
 
+def _problem(problem):
+    spelled = dict(operation=OPERATIONS, dtype=DTYPES, gate_dtype=DTYPES, beta_dtype=DTYPES, state_dtype=DTYPES,
+                   state_layout=STATE_LAYOUTS, gate=GATES, cu_seqlens_type=INDEX_TYPES)
+    fields = dict(key_dim=128, value_dim=128, dtype="bf16", state_dtype="fp32", cu_seqlens_type="int64", **{
+        name: problem.get("dtype", "bf16") for name in ("gate_dtype", "beta_dtype") if name not in problem}) | problem
+    unknown = set(fields) - set(_PROBLEM)
+    if unknown:
+        raise TypeError(f"unknown problem field {', '.join(sorted(unknown))}")
+    p = _Problem(C.sizeof(_Problem))
+    for name, value in fields.items():
+        setattr(p, name, spelled[name].index(value) if name in spelled else int(value))
+    return p
+
+
+def saved_states(problem, sizes, interval):
+    """What a forward saves for the backward with saved_interval=interval: slots of interior_states, columns of interior_slots,
+    and the bytes of both."""
+    saved = _SavedStates(C.sizeof(_SavedStates))
+    _check(_lib.kda_describe_saved_states(C.byref(_problem(problem)), C.byref(_Sizes(*sizes)), C.c_int64(interval), C.byref(saved)))
+    return {name: getattr(saved, name) for name in ("interval", "slots", "columns", "bytes")}
+
+
 class Engine:
     """Plans, compiles, caches and tunes. Arguments left at None come from the KDA_JIT_ environment or the defaults."""
 
@@ -148,21 +175,14 @@ class Engine:
     def compile_count(self):
         return _lib.kda_engine_compile_count(self._handle)
 
-    def prepare(self, problem, device, sizes, variant=None):
-        """problem: the fields of kda::Problem by name, enums as strings; sizes: (batch, tokens, sequences)."""
-        spelled = dict(operation=OPERATIONS, dtype=DTYPES, gate_dtype=DTYPES, beta_dtype=DTYPES, state_dtype=DTYPES,
-                       state_layout=STATE_LAYOUTS, gate=GATES, cu_seqlens_type=INDEX_TYPES)
-        fields = dict(key_dim=128, value_dim=128, dtype="bf16", state_dtype="fp32", cu_seqlens_type="int64", **{
-            name: problem.get("dtype", "bf16") for name in ("gate_dtype", "beta_dtype") if name not in problem}) | problem
-        unknown = set(fields) - set(_PROBLEM)
-        if unknown:
-            raise TypeError(f"unknown problem field {', '.join(sorted(unknown))}")
-        p = _Problem(C.sizeof(_Problem))
-        for name, value in fields.items():
-            setattr(p, name, spelled[name].index(value) if name in spelled else int(value))
+    def prepare(self, problem, device, sizes, variant=None, max_workspace=None):
+        """problem: the fields of kda::Problem by name, enums as strings; sizes: (batch, tokens, sequences). max_workspace: bytes that
+        the kernel may ask for at these sizes."""
+        p = _problem(problem)
         plan, kernel = C.c_void_p(), C.c_void_p()
-        _check(_lib.kda_plan_create(self._handle, C.byref(p), device.encode(), C.byref(_Sizes(*sizes)),
-                                    None if variant is None else variant.encode(), C.byref(plan)))
+        most = C.c_size_t(-1 if max_workspace is None else max_workspace)
+        _check(_lib.kda_plan_create_within(self._handle, C.byref(p), device.encode(), C.byref(_Sizes(*sizes)),
+                                           None if variant is None else variant.encode(), most, C.byref(plan)))
         try:
             _check(_lib.kda_prepare(self._handle, plan, C.byref(kernel)))
         finally:
@@ -188,7 +208,7 @@ class Kernel:
     def bind(self, tensors, cu_seqlens=None, scale=0.0, lower_bound=-5.0, padding="none", slot_error=None, interior_interval=64, **tables):
         """The C arguments of a call; keep the tensors alive as long as the result is used. With a state pool: a padding
         policy, slot_error (one int32) and the tables read_slots, write_slots, accepted, parents: int32 or int64, of any strides.
-        With interior states: the tensor interior_states, its interval and the table interior_slots. Also: has_initial_state."""
+        With interior states, kept or saved: the tensor interior_states, its interval and the table interior_slots. Also: has_initial_state."""
         unknown = set(tensors) - set(TENSORS) - set(UPDATES) - {"interior_states"}
         if unknown:
             raise TypeError(f"unknown tensor {', '.join(sorted(unknown))}")

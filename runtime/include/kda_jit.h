@@ -84,6 +84,7 @@ typedef struct kda_problem {
   int32_t dtype, gate_dtype, beta_dtype, state_dtype, state_layout;
   int32_t gate, dt_bias, beta_sigmoid, beta_times_two, qk_l2norm, varlen, cu_seqlens_type;
   int32_t state_pool, every_state, updates, tree, interior_states, batch_invariant;
+  int32_t saved_interval;
 } kda_problem;
 
 typedef struct kda_sizes {
@@ -127,6 +128,12 @@ typedef struct kda_args {
   int64_t interior_interval; /* 0: 64 */
 } kda_args;
 
+/* The fields of kda::SavedStates. */
+typedef struct kda_saved_states {
+  uint32_t struct_size;
+  int64_t interval, slots, columns, bytes;
+} kda_saved_states;
+
 /* KDA_JIT_API_VERSION of the library. */
 int32_t kda_api_version(void);
 /* The last error of this thread: one sentence, then its context. Valid until the next call on this thread. */
@@ -141,7 +148,16 @@ int64_t kda_engine_compile_count(const kda_engine* engine);
  * c=64 vt=32 pw=4 sw=4 st=2". */
 int32_t kda_plan_create(kda_engine* engine, const kda_problem* problem, const char* device,
                         const kda_sizes* typical, const char* variant, kda_plan** plan);
+/* The same for a variant that needs a workspace of `max_workspace` bytes at most for the typical sizes. */
+int32_t kda_plan_create_within(kda_engine* engine, const kda_problem* problem, const char* device,
+                               const kda_sizes* typical, const char* variant, size_t max_workspace,
+                               kda_plan** plan);
 void kda_plan_destroy(kda_plan* plan);
+
+/* What a forward saves for its backward with states every `interval` tokens (0: nothing), one description for
+ * both plans. The caller sets struct_size. */
+int32_t kda_describe_saved_states(const kda_problem* problem, const kda_sizes* sizes, int64_t interval,
+                                  kda_saved_states* saved);
 
 /* Compiles or finds, loads, and tunes when the engine's mode says so. May block. */
 int32_t kda_prepare(kda_engine* engine, const kda_plan* plan, kda_kernel** kernel);

@@ -25,7 +25,8 @@ struct Image {
 /// same.
 enum class Replay : std::uint8_t { eager, graph };
 
-/// A loaded image. `launch` runs entry `launch.entry`; on the host grid.x items are spread over the pool.
+/// A loaded image. `launch` runs entry `launch.entry`, with Launch::slab in the arguments; on the host grid.x
+/// items are spread over the pool.
 class Module {
 public:
   Module() = default;

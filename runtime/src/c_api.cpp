@@ -95,6 +95,7 @@ Result<Problem> to_problem(const kda_problem& c) {
   p.tree = c.tree != 0;
   p.interior_states = c.interior_states != 0;
   p.batch_invariant = c.batch_invariant != 0;
+  p.saved_interval = c.saved_interval;
   return p;
 }
 
@@ -217,6 +218,11 @@ int64_t kda_engine_compile_count(const kda_engine* engine) {
 
 int32_t kda_plan_create(kda_engine* engine, const kda_problem* problem, const char* device,
                         const kda_sizes* typical, const char* variant, kda_plan** out) {
+  return kda_plan_create_within(engine, problem, device, typical, variant, kNoLimit, out);
+}
+int32_t kda_plan_create_within(kda_engine* engine, const kda_problem* problem, const char* device,
+                               const kda_sizes* typical, const char* variant, size_t max_workspace,
+                               kda_plan** out) {
   return guarded([&]() -> int32_t {
     if (!sized(problem)) return wrong_size("kda_problem", sizeof *problem);
     if (engine == nullptr || device == nullptr || typical == nullptr || out == nullptr)
@@ -231,7 +237,7 @@ int32_t kda_plan_create(kda_engine* engine, const kda_problem* problem, const ch
       if (!v) return set_error(v.error());
       given = *v;
     }
-    auto plan = engine->engine.plan(*p, *d, to_sizes(*typical), given);
+    auto plan = engine->engine.plan(*p, *d, to_sizes(*typical), given, max_workspace);
     if (!plan) return set_error(plan.error());
     *out = new kda_plan{std::move(*plan)};
     return KDA_OK;
@@ -239,6 +245,24 @@ int32_t kda_plan_create(kda_engine* engine, const kda_problem* problem, const ch
 }
 void kda_plan_destroy(kda_plan* plan) {
   delete plan;
+}
+
+int32_t kda_describe_saved_states(const kda_problem* problem, const kda_sizes* sizes, int64_t interval,
+                                  kda_saved_states* out) {
+  return guarded([&]() -> int32_t {
+    if (!sized(problem)) return wrong_size("kda_problem", sizeof *problem);
+    if (!sized(out)) return wrong_size("kda_saved_states", sizeof *out);
+    if (sizes == nullptr) return set_error(KDA_INVALID_ARGUMENT, "sizes must not be NULL");
+    const auto p = to_problem(*problem);
+    if (!p) return set_error(p.error());
+    const auto saved = saved_states(*p, to_sizes(*sizes), interval);
+    if (!saved) return set_error(saved.error());
+    out->interval = saved->interval;
+    out->slots = saved->slots;
+    out->columns = saved->columns;
+    out->bytes = saved->bytes;
+    return KDA_OK;
+  });
 }
 
 int32_t kda_prepare(kda_engine* engine, const kda_plan* plan, kda_kernel** out) {

@@ -92,6 +92,7 @@ Status CallTensors::create(const Problem& p, const Sizes& s, std::uint64_t seed)
   const bool gate_only = gate || p.operation == Operation::gate_backward,
              backward = p.operation == Operation::backward, replay = p.operation == Operation::replay,
              updates = replay || p.updates;
+  const SavedStates saved = saved_states(p, s, p.saved_interval).value();
   const double unit = p.qk_l2norm ? 1.0 : 1.0 / std::sqrt(static_cast<double>(k));
   struct Spec {
     const char* name;
@@ -104,7 +105,7 @@ Status CallTensors::create(const Problem& p, const Sizes& s, std::uint64_t seed)
   const std::initializer_list<std::int64_t> keys{s.batch, s.tokens, h, k}, gates{s.batch, s.tokens, hv, k},
       values{s.batch, s.tokens, hv, v}, betas{s.batch, s.tokens, hv},
       states{s.sequences, hv, v_k ? v : k, v_k ? k : v},
-      interiors{static_cast<std::int64_t>(interior_.size()), hv, v_k ? v : k, v_k ? k : v},
+      interiors{backward ? saved.slots : static_cast<std::int64_t>(interior_.size()), hv, v_k ? v : k, v_k ? k : v},
       finals{p.every_state ? s.batch * s.tokens : s.sequences, hv, v_k ? v : k, v_k ? k : v}, per_head{hv},
       per_channel{hv, k};
   const bool full = !gate_only && !replay, forward = full && !backward,
@@ -126,8 +127,8 @@ Status CallTensors::create(const Problem& p, const Sizes& s, std::uint64_t seed)
       {"update_decay", &args_.update_decay, DType::fp32, gates, updates, !replay, false, 0, 1},
       {"final_state", &args_.final_state, p.state_dtype, finals, (forward || replay) && last, true, true, 0,
        0},
-      {"interior_states", &args_.interior_states, p.state_dtype, interiors, !interior_.empty(), true, true, 0,
-       0},
+      {"interior_states", &args_.interior_states, p.state_dtype, interiors, !interior_.empty() || saved.slots > 0,
+       !backward, true, 0, backward ? 0.5 : 0},
       {"d_o", &args_.d_o, backward ? p.dtype : DType::fp32, backward ? values : gates, gradients, false,
        false, 0, 1},
       {"d_final_state", &args_.d_final_state, p.state_dtype, states, backward, false, true, 0, 0.5},
@@ -218,6 +219,17 @@ Status CallTensors::add_tables() {
     args_.interior_slots = contiguous_table(*data, IndexType::int32, {n, columns / kInterval});
     args_.interior_interval = kInterval;
   }
+  if (p.saved_interval != 0 && args_.interior_states.data != nullptr) {
+    const SavedStates saved = saved_states(p, sizes_, p.saved_interval).value();
+    std::vector<std::int64_t> numbers;
+    for (std::size_t i = 0; i < first.size(); ++i)
+      for (std::int64_t j = 0; j < saved.columns; ++j)
+        numbers.push_back((j + 1) * saved.interval <= accepted_[i] ? first[i] / saved.interval + j : -1);
+    const auto data = upload(numbers, IndexType::int32);
+    if (!data) return tl::unexpected(data.error());
+    args_.interior_slots = contiguous_table(*data, IndexType::int32, {n, saved.columns});
+  }
+  if (p.saved_interval != 0) args_.interior_interval = p.saved_interval;
   if (Status ok = give(p.state_pool, args_.read_slots, slots, false); !ok) return ok;
   if (Status ok = give(p.state_pool && args_.final_state.data != nullptr, args_.write_slots,
                        p.every_state ? places : slots, p.every_state);
@@ -225,6 +237,47 @@ Status CallTensors::add_tables() {
     return ok;
   if (Status ok = give(p.operation == Operation::replay, args_.accepted, accepted_, false); !ok) return ok;
   return give(p.tree, args_.parents, parents, true);
+}
+
+Status CallTensors::save_states() {
+  const auto found = buffers_.find("interior_states");
+  if (found == buffers_.end()) return {};
+  const auto in = reference_inputs();
+  if (!in) return tl::unexpected(in.error());
+  const std::int64_t interval = problem_.saved_interval;
+  const auto state = static_cast<std::size_t>(problem_.value_heads) *
+                     static_cast<std::size_t>(problem_.key_dim * problem_.value_dim);
+  reference::Array states(state * static_cast<std::size_t>(found->second.tensor.shape[0]));
+  const auto rows = [&](const reference::Array& x, std::int64_t from) {
+    const auto width = static_cast<std::ptrdiff_t>(x.size()) / (sizes_.batch * sizes_.tokens);
+    return reference::Array(x.begin() + from * width, x.begin() + (from + interval) * width);
+  };
+  for (std::int64_t n = 0; n < sizes_.sequences; ++n) {
+    const std::int64_t begin = problem_.varlen ? cu_seqlens_[static_cast<std::size_t>(n)] : n * sizes_.tokens;
+    reference::Inputs part = *in; // of one interval
+    part.problem.varlen = false;
+    part.cu_seqlens.clear();
+    part.sizes = {1, interval, 1};
+    const auto start = in->initial_state.begin() + n * static_cast<std::ptrdiff_t>(state);
+    part.initial_state.assign(start, start + static_cast<std::ptrdiff_t>(state));
+    for (std::int64_t t = 0; t + interval <= accepted_[static_cast<std::size_t>(n)]; t += interval) {
+      for (const auto& [to, from] : {std::pair{&part.q, &in->q},
+                                     {&part.k, &in->k},
+                                     {&part.v, &in->v},
+                                     {&part.g, &in->g},
+                                     {&part.beta, &in->beta}})
+        *to = rows(*from, begin + t);
+      part.initial_state = reference::recurrence(part).final_state;
+      const std::int64_t slot = begin / interval + t / interval;
+      std::copy(part.initial_state.begin(), part.initial_state.end(),
+                states.begin() + slot * static_cast<std::ptrdiff_t>(state));
+    }
+  }
+  if (problem_.state_layout == StateLayout::v_k)
+    states = transposed(states, problem_.key_dim, problem_.value_dim);
+  Buffer& b = found->second;
+  b.before = pack(states, b.tensor.dtype);
+  return backend_->copy_to_device(b.tensor.data, b.before.data(), b.bytes);
 }
 
 Status CallTensors::poison() const {

@@ -40,6 +40,8 @@ public:
   [[nodiscard]] const std::vector<std::int64_t>& parents() const { return parents_; }
   /// By slot of the interior states: after which row of the token axis each is.
   [[nodiscard]] const std::vector<std::int64_t>& interior() const { return interior_; }
+  /// Puts in place of the random saved states what a forward would have saved. For small calls: in float64.
+  Status save_states();
   /// False when a call changed one of its inputs.
   [[nodiscard]] Result<bool> inputs_preserved() const;
 

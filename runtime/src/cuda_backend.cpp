@@ -85,18 +85,21 @@ public:
 
   Status launch(const Launch& l, const KernelArgs& args, void* stream) const override {
     const CurrentContext current(*d_, context_);
-    return launch_current(l, args, stream);
+    KernelArgs own = args;
+    return launch_current(l, own, stream);
   }
   Status launch_all(const LaunchList& list, const KernelArgs& args, void* stream) const override {
     const CurrentContext current(*d_, context_);
+    KernelArgs own = args;
     for (int i = 0; i < list.count; ++i)
-      if (Status ok = launch_current(list.items[static_cast<std::size_t>(i)], args, stream); !ok) return ok;
+      if (Status ok = launch_current(list.items[static_cast<std::size_t>(i)], own, stream); !ok) return ok;
     return {};
   }
 
 private:
-  Status launch_current(const Launch& l, const KernelArgs& args, void* stream) const {
-    std::array<void*, 1> parameters{const_cast<KernelArgs*>(&args)};
+  Status launch_current(const Launch& l, KernelArgs& args, void* stream) const {
+    args.slab = l.slab;
+    std::array<void*, 1> parameters{&args};
     CudaDriver::LaunchAttribute overlap;
     overlap.id = CudaDriver::kStreamSerialization;
     overlap.value[0] = 1;

@@ -30,6 +30,7 @@ Status launch_all(const Backend& backend, const Module& module, const Problem& p
   for (int i = 0; i < layout.count; ++i)
     args.workspace[i] = static_cast<std::byte*>(workspace) + layout.offset[static_cast<std::size_t>(i)];
   const LaunchList list = launches(p, v, backend.target(), s);
+  set_slabs(list.slabs, args);
   for (int i = 0; i < list.count; ++i)
     if (list.items[static_cast<std::size_t>(i)].ctas > kMostCtas)
       return fail(ErrorCode::invalid_argument,
@@ -144,24 +145,30 @@ Device Engine::best_device() const {
 }
 
 Result<Plan> Engine::plan(const Problem& problem, Device device, const Sizes& typical,
-                          const std::optional<Variant>& variant) const {
+                          const std::optional<Variant>& variant, std::size_t max_workspace) const {
   if (const Status ok = validate(problem); !ok) return tl::unexpected(ok.error());
   if (const Status ok = check_sizes(problem, typical); !ok) return tl::unexpected(ok.error());
   const auto backend = impl_->backend(device);
   if (!backend) return tl::unexpected(backend.error());
   const Target& target = (*backend)->target();
-  auto impl = std::make_shared<Plan::Impl>(Plan::Impl{problem, {}, device, typical, "cost model", {}});
+  auto impl =
+      std::make_shared<Plan::Impl>(Plan::Impl{problem, {}, device, typical, "cost model", {}, max_workspace});
   const TuneMode mode = impl_->options.tune;
   if (variant) {
     if (const std::string why = misfit(problem, target, *variant); !why.empty())
       return fail(ErrorCode::invalid_argument,
                   fmt::format("the variant '{}' cannot run {} on {}: {}", to_string(*variant),
                               to_string(problem), target.arch, why));
+    if (const std::size_t bytes = workspace_of(target, problem, *variant, typical).bytes;
+        bytes > max_workspace)
+      return fail(ErrorCode::invalid_argument,
+                  fmt::format("the variant '{}' needs a workspace of {} bytes, and {} are allowed",
+                              to_string(*variant), bytes, max_workspace));
     impl->variant = *variant;
     impl->choice = "given";
   } else {
     const Sizes sizes = choice_sizes(problem, typical);
-    const auto chosen = choose(problem, target, sizes);
+    const auto chosen = choose(problem, target, sizes, max_workspace);
     if (!chosen) return tl::unexpected(chosen.error());
     impl->variant = *chosen;
     const bool pinned = mode == TuneMode::pinned;
@@ -169,11 +176,19 @@ Result<Plan> Engine::plan(const Problem& problem, Device device, const Sizes& ty
                        : mode == TuneMode::off ? TunedChoice{}
                                                : tuned_choice(*impl_, **backend, problem, sizes);
     if (!tuned) return tl::unexpected(tuned.error());
-    if (tuned->variant) {
+    impl->note = tuned->note;
+    if (tuned->variant && workspace_of(target, problem, *tuned->variant, typical).bytes <= max_workspace) {
       impl->variant = *tuned->variant;
       impl->choice = pinned ? "pinned" : "tuned";
+    } else if (tuned->variant) {
+      impl->note = fmt::format("the {} variant '{}' needs more than {} bytes of workspace",
+                               pinned ? "pinned" : "tuned", to_string(*tuned->variant), max_workspace);
+      if (const auto within =
+              pinned ? std::nullopt : tuned_within(*impl_, **backend, problem, typical, max_workspace)) {
+        impl->variant = *within;
+        impl->choice = "tuned";
+      }
     }
-    impl->note = tuned->note;
     if (!impl->note.empty())
       impl_->log_once(fmt::format("{}, {}: {}", to_string(problem), bucket(sizes), impl->note));
   }
@@ -195,7 +210,9 @@ Result<Kernel> Engine::prepare(const Plan& plan) const {
                                         mode == TuneMode::on);
         !report)
       impl_->warn(fmt::format("tuning failed, the cost model's choice is used: {}", report.error().message));
-    else if (auto again = this->plan(plan.problem(), plan.device(), plan.impl_->typical); again)
+    else if (auto again = this->plan(plan.problem(), plan.device(), plan.impl_->typical, std::nullopt,
+                                     plan.impl_->max_workspace);
+             again)
       wanted = *again;
   }
   auto made = impl_->kernel(impl_, *wanted.impl_);

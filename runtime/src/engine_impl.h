@@ -21,6 +21,7 @@ struct Plan::Impl {
   Sizes typical;
   std::string choice; ///< "cost model", "tuned", "pinned", "given"
   std::string note;   ///< why rows or pins did not count; may be empty
+  std::size_t max_workspace = kNoLimit;
 };
 
 struct Kernel::Impl {

@@ -70,7 +70,7 @@ public:
     if (Status ok = pool(); !ok) return ok;
     if (Status ok = drafts(); !ok) return ok;
     if (Status ok = updates(); !ok) return ok;
-    if (Status ok = interior(); !ok) return ok;
+    if (Status ok = p_.saved_interval != 0 ? saved() : interior(); !ok) return ok;
     if (Status ok = mask(); !ok) return ok;
     return p_.operation == Operation::backward || p_.operation == Operation::gate_backward ? gradients()
                                                                                            : outputs();
@@ -256,7 +256,7 @@ private:
     if (p_.tree && !replay && !p_.every_state && a_.final_state.data != nullptr)
       return refuse("final_state", "is given, but a tree has no last state: ask for every_state, or replay");
     if (a_.slot_error == nullptr) return {};
-    if (!p_.state_pool && !p_.tree && !replay)
+    if (!p_.state_pool && !p_.tree && !replay && p_.saved_interval == 0)
       return refuse("slot_error", "is given, but the problem has no table that could be wrong");
     if (reinterpret_cast<std::uintptr_t>(a_.slot_error) % 4 != 0)
       return refuse("slot_error", "is at an address that is not a multiple of 4 bytes");
@@ -266,7 +266,8 @@ private:
   Status interior() {
     if (!p_.interior_states) {
       const bool given = a_.interior_states.data != nullptr || a_.interior_slots.data != nullptr;
-      return given ? refuse("interior_states", "or interior_slots is given, but the problem has none")
+      return given ? refuse("interior_states", "or interior_slots is given, but the problem has none: set its "
+                                               "interior_states, or the saved_interval of a backward")
                    : Status{};
     }
     if (a_.interior_states.data == nullptr) return {};
@@ -288,6 +289,26 @@ private:
       return refuse("has_initial_state",
                     "goes with the operations forward and recurrent without a state pool");
     return table("has_initial_state", a_.has_initial_state, false, out_.has_initial_state);
+  }
+  /// What the forward saved.
+  Status saved() {
+    if (a_.interior_interval != p_.saved_interval)
+      return refuse("interior_interval",
+                    fmt::format("is {}, the problem says {}", a_.interior_interval, p_.saved_interval));
+    out_.interior_interval = p_.saved_interval;
+    if (!p_.varlen && s_.tokens < p_.saved_interval) return {}; // no sequence has such a state
+    if (s_.sequences == 0) return {};
+    if (a_.interior_states.data == nullptr || a_.interior_slots.data == nullptr)
+      return refuse(a_.interior_states.data == nullptr ? "interior_states" : "interior_slots",
+                    "is required by saved_interval and absent");
+    if (Status ok = state("interior_states", a_.interior_states, out_.interior_states, true); !ok) return ok;
+    out_.interior_pool = a_.interior_states.shape[0];
+    if (Status ok = table("interior_slots", a_.interior_slots, true, out_.interior_slots); !ok) return ok;
+    const std::int64_t columns = s_.tokens / p_.saved_interval;
+    if (p_.varlen || out_.interior_slots.columns >= columns) return {};
+    return refuse("interior_slots",
+                  fmt::format("has {} columns; {} tokens have {} saved states, one every {}",
+                              out_.interior_slots.columns, s_.tokens, columns, p_.saved_interval));
   }
   Status updates() {
     if (!p_.updates && p_.operation != Operation::replay) {

@@ -1,5 +1,6 @@
 #pragma once
 // From the caller's Args to the one parameter of a kernel, with every check that needs no device.
+#include "codegen/source_unit.h"
 #include "cuda/kernel_args.cuh"
 #include "kda/engine.h"
 
@@ -18,5 +19,12 @@ namespace kda {
 /// sizes are read off the tensors. Allocates nothing unless it refuses. cu_seqlens is only looked at when
 /// `host_memory`.
 [[nodiscard]] Status make_kernel_args(const Problem&, const Args&, bool host_memory, KernelArgs&, Sizes&);
+
+/// What slabs are made of; which one it is, every launch says.
+inline void set_slabs(const Slabs& slabs, KernelArgs& args) {
+  args.slab_chunks = slabs.chunks;
+  args.slab_rows = slabs.rows;
+  args.slab_pieces = slabs.pieces;
+}
 
 } // namespace kda

@@ -182,6 +182,7 @@ std::vector<std::string> problem_arguments(const Problem& p, const Sizes& s, Dev
   option("batch", s.batch);
   option("tokens", s.tokens);
   option("sequences", s.sequences);
+  option("saved-interval", p.saved_interval);
   for (const auto& [name, wanted] : {std::pair{"--dt-bias", p.dt_bias},
                                      {"--beta-sigmoid", p.beta_sigmoid},
                                      {"--beta-times-two", p.beta_times_two},

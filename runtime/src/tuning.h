@@ -69,6 +69,9 @@ private:
   // tuner_check.cpp
   Status check_all();
   Result<Contestant*> device_reference(const Sizes&);
+  Status check_slabs(const Contestant& reference);
+  /// The problem of fewer query/key heads and their value heads: kernel texts do not know how many there are.
+  [[nodiscard]] Problem with_heads(int heads) const;
   /// What a call left on the device, as it lies there.
   struct Outputs {
     std::map<std::string, std::vector<std::byte>> bytes;

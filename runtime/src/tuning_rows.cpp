@@ -101,6 +101,23 @@ TunedChoice tuned_choice(const Engine::Impl& engine, const Backend& backend, con
   return choice;
 }
 
+std::optional<Variant> tuned_within(const Engine::Impl& engine, const Backend& backend, const Problem& p,
+                                    const Sizes& s, std::size_t max_workspace) {
+  std::optional<Variant> best;
+  double best_us = 0;
+  for (const auto& [text, row] : rows_of(engine, report_head(engine, backend, p, s))) {
+    const auto variant = parse_variant(text);
+    if (row.status != "ok" || !variant || (best && row.median_us >= best_us) ||
+        !misfit(p, backend.target(), *variant).empty() ||
+        workspace_of(backend.target(), p, *variant, s).bytes > max_workspace ||
+        !current(backend, p, *variant, row.image))
+      continue;
+    best = *variant;
+    best_us = row.median_us;
+  }
+  return best;
+}
+
 Result<TunedChoice> pinned_choice(const Engine::Impl& engine, const Backend& backend, const Problem& p,
                                   const Sizes& s) {
   const TuneReport today = report_head(engine, backend, p, s);

@@ -20,6 +20,9 @@ struct TunedChoice {
   std::string note;
 };
 [[nodiscard]] TunedChoice tuned_choice(const Engine::Impl&, const Backend&, const Problem&, const Sizes&);
+/// The fastest measured variant whose workspace is at most `max_workspace` bytes; absent when there is none.
+[[nodiscard]] std::optional<Variant> tuned_within(const Engine::Impl&, const Backend&, const Problem&,
+                                                  const Sizes&, std::size_t max_workspace);
 /// invalid_argument when a pin names what cannot run.
 [[nodiscard]] Result<TunedChoice> pinned_choice(const Engine::Impl&, const Backend&, const Problem&,
                                                 const Sizes&);

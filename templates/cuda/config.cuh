@@ -27,6 +27,7 @@ struct Config {
   static constexpr int chunk = 64, value_tile = 32, prepare_warps = 4, scan_warps = 4, rows = 4, stages = 2;
   static constexpr int lanes = 0, segments = 0;
   static constexpr bool streaming = false, overlap = false;
+  static constexpr bool slabs = false; ///< chunk backward: a call is walked in slabs
 };
 
 } // namespace kda

@@ -55,7 +55,7 @@ struct KernelArgs {
   TokenTensor update_u, update_k, update_decay;
   NumberTable parents; // Problem::tree: by token, -1 for a root
   // Problem::interior_states: the state after (j + 1) * interior_interval tokens of sequence n goes to slot
-  // interior_slots[n, j], if that is one of interior_pool.
+  // interior_slots[n, j], if that is one of interior_pool. Backward, Problem::saved_interval: it is there.
   StateTensor interior_states;
   NumberTable interior_slots;
   long long interior_pool;
@@ -65,7 +65,9 @@ struct KernelArgs {
   StateTensor d_final_state, d_initial_state;  // null: zero, not wanted
   float* d_A_log;                              // [HV], null: not wanted
   float* d_dt_bias;                            // [HV, K], null: not wanted
-  void* workspace[24];                         // slots of codegen's workspace_layout
+  // Chunk backward in slabs (chunk_backward/slab.cuh): this launch's slab, and codegen's Slabs.
+  int slab, slab_chunks, slab_rows, slab_pieces;
+  void* workspace[24]; // slots of codegen's workspace_layout
 };
 
 } // namespace kda

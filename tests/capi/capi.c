@@ -92,6 +92,15 @@ int main(void) {
     expect(kda_kernel_execute(kernel, &args, NULL, 0, NULL) == KDA_INVALID_ARGUMENT, "a foreign struct is refused");
     kda_kernel_destroy(kernel);
   }
+  kda_saved_states saved;
+  memset(&saved, 0, sizeof saved);
+  expect(kda_describe_saved_states(&problem, &sizes, 64, &saved) == KDA_INVALID_ARGUMENT, "a struct without its size is refused");
+  saved.struct_size = sizeof saved;
+  const kda_sizes longer = {1, 130, 1};
+  expect(kda_describe_saved_states(&problem, &longer, 64, &saved) == KDA_OK && saved.slots == 2 && saved.bytes == 2 * H * K * V * 4 + 2 * 4,
+         "what a forward saves");
+  expect(kda_plan_create_within(engine, &problem, "host", &sizes, NULL, 0, &plan) == KDA_OK, "the host fits any limit");
+  kda_plan_destroy(plan);
   kda_engine_destroy(engine);
   printf("%s\n", failures == 0 ? "capi ok" : "capi failed");
   return failures != 0;

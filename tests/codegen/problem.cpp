@@ -35,6 +35,10 @@ TEST_CASE("validate accepts the production problem and refuses what no kernel su
   p.operation = Operation::backward;
   refused([](Problem& x) { x.interior_states = true; }, "operation forward, not with backward");
   refused([](Problem& x) { x.batch_invariant = true; }, "operation forward, not with backward");
+  refused([](Problem& x) { x.saved_interval = 96; }, "multiples of 64");
+  refused([](Problem& x) { x.saved_interval = -64; }, "multiples of 64");
+  p.operation = Operation::forward;
+  refused([](Problem& x) { x.saved_interval = 64; }, "not with forward");
 }
 
 TEST_CASE("a state pool is part of the problem's line only where there is one") {
@@ -77,6 +81,26 @@ TEST_CASE("few heads are cut into segments, many are not") {
   };
   CHECK(bytes("fused c=16 vt=128 pw=7 sw=8 st=10") == 0);
   CHECK(bytes("fused c=16 vt=128 pw=7 sw=8 st=10 seg=16") == std::size_t{8} * (16 + 14) * 65536 + 1024);
+}
+
+TEST_CASE("what a forward saves for its backward: slots for any lengths, and bytes") {
+  Problem p;
+  p.heads = p.value_heads = 32;
+  const SavedStates saved = saved_states(p, {1, 8192, 1}, 1024).value();
+  CHECK(saved.slots == 8);
+  CHECK(saved.columns == 8);
+  CHECK(saved.bytes == 8 * 32 * 128 * 128 * 4 + 8 * 4);
+  p.state_dtype = DType::bf16;
+  CHECK(saved_states(p, {2, 100, 2}, 64).value().bytes == 2 * 32 * 128 * 128 * 2 + 2 * 4);
+  p.varlen = true;
+  CHECK(saved_states(p, {1, 8192, 3}, 1024).value().bytes == 8 * 32 * 128 * 128 * 2 + 3 * 8 * 4);
+  CHECK(saved_states(p, {1, 8192, 3}, 0).value().bytes == 0);
+  CHECK_THAT(saved_states(p, {1, 8192, 3}, 100).error().message,
+             Catch::Matchers::Contains("multiples of 64"));
+  p.operation = Operation::backward;
+  CHECK_THAT(to_string(p), !Catch::Matchers::Contains("saved"));
+  p.saved_interval = 1024;
+  CHECK_THAT(to_string(p), Catch::Matchers::EndsWith(" saved=1024"));
 }
 
 TEST_CASE("a variant prints to one line and parses back") {

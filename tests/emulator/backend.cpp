@@ -132,8 +132,10 @@ public:
     if (launch.shared_bytes > static_cast<unsigned>(target_.max_shared_bytes))
       return refuse(fmt::format("{} bytes of shared memory; {} has {}", launch.shared_bytes, target_.arch,
                                 target_.max_shared_bytes));
+    KernelArgs own = args;
+    own.slab = launch.slab;
     Job job{entries_[entry],
-            &args,
+            &own,
             {static_cast<unsigned>(launch.ctas), 1, 1},
             static_cast<int>(launch.block),
             launch.shared_bytes,

@@ -118,6 +118,18 @@ class Binding(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "expand"):
             self.kernel.bind(x)
 
+    def test_what_a_forward_saves_is_described_and_a_plan_keeps_to_its_workspace(self):
+        problem = PROBLEM | dict(operation="backward", state_pool=False, saved_interval=64)
+        state = H * K * V * 4
+        self.assertEqual(kda_jit.saved_states(problem, (1, 200, 1), 64), dict(interval=64, slots=3, columns=3, bytes=3 * state + 12))
+        with self.assertRaisesRegex(kda_jit.KdaError, "multiples of 64"):
+            kda_jit.saved_states(problem, (1, 200, 1), 100)
+        kernel = kda_jit.Engine(cache_directory="", tune="off").prepare(problem, "host", (1, 200, 1), max_workspace=0)
+        self.assertEqual(kernel.workspace_bytes((1, 200, 1)), 0)
+        x = {"interior_states": Tensor((3, H, K, V))}
+        args = kernel.bind(x, interior_slots=Tensor((1, 3), "torch.int32"), interior_interval=64)
+        self.assertEqual((args.interior_states.shape[0], args.interior_slots.shape[1], args.interior_interval), (3, 3, 64))
+
     def test_an_unknown_field_is_refused(self):
         with self.assertRaisesRegex(TypeError, "state_v_first"):
             kda_jit.Engine(cache_directory="", tune="off").prepare(PROBLEM | dict(state_v_first=True), "host", (N, 1, N))

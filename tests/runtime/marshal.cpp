@@ -1,5 +1,6 @@
 // What a call must satisfy before anything is launched, and the sentence that each fault gets.
 #include "marshal.h"
+#include <algorithm>
 #include <array>
 #include <catch2/catch.hpp>
 #include <functional>
@@ -231,6 +232,51 @@ TEST_CASE("tensors that the problem does not have are refused, optional ones may
   backward.args.d_final_state = backward.args.o = {};
   CHECK(backward.check());
   CHECK(backward.out.d_A_log == nullptr);
+}
+
+TEST_CASE("saved states reach the kernel, and every fault has its sentence") {
+  const auto save = [](Call& c) {
+    static std::array<std::int32_t, 6> slots{0, 1, 2, 3, 4, 5};
+    c.problem.saved_interval = 64;
+    c.args.interior_states = Call::tensor(DType::fp32, {4, 4, 64, 32});
+    c.args.interior_slots = contiguous_table(slots.data(), IndexType::int32, {3, 2});
+  };
+  Call call(Operation::backward);
+  save(call);
+  std::int32_t error = 0;
+  call.args.slot_error = &error;
+  REQUIRE(call.check());
+  CHECK(call.out.interior_states.data == call.args.interior_states.data);
+  CHECK(call.out.interior_pool == 4);
+  CHECK(call.out.interior_interval == 64);
+  CHECK(call.out.interior_slots.columns == 2);
+  CHECK(call.out.slot_error == &error);
+  const auto with = [&](auto change) {
+    return [=](Call& c) {
+      save(c);
+      change(c);
+    };
+  };
+  check_refused(
+      {{with([](Call& c) { c.problem.saved_interval = 0; }), "set its saved_interval"},
+       {with([](Call& c) { c.args.interior_interval = 128; }),
+        "interior_interval is 128, the problem says 64"},
+       {with([](Call& c) { c.args.interior_states = {}; }), "interior_states is required by saved_interval"},
+       {with([](Call& c) { c.args.interior_slots = {}; }), "interior_slots is required by saved_interval"},
+       {with([](Call& c) { c.args.interior_states.shape[2] = 32; }), "expected 64"},
+       {with([](Call& c) { c.args.interior_slots.shape[0] = 2; }), "expected 3: one a sequence"},
+       {with([](Call& c) {
+          c.problem.varlen = false;
+          c.args.cu_seqlens = {};
+          for (Tensor* t : {&c.args.q, &c.args.k, &c.args.v, &c.args.g, &c.args.beta, &c.args.d_o,
+                            &c.args.d_q, &c.args.d_k, &c.args.d_v, &c.args.d_g, &c.args.d_beta}) {
+            t->shape[0] = 3;
+            t->shape[1] = 200;
+            std::fill(t->stride, t->stride + 4, 0);
+          }
+        }),
+        "has 2 columns; 200 tokens have 3 saved states, one every 64"}},
+      Operation::backward);
 }
 
 TEST_CASE("a call without tokens needs no token tensors") {

@@ -64,6 +64,23 @@ TEST_CASE("a batch-invariant problem has one variant, whatever the sizes") {
   CHECK(variants().size() > 1);
   p.batch_invariant = true;
   CHECK(variants().size() == 1);
+TEST_CASE("a plan keeps to the workspace that it is allowed, also with a variant that is given") {
+  const Engine engine = engine_on(std::make_shared<ScriptedBackend>());
+  Problem p = small_problem(Operation::backward);
+  p.key_dim = p.value_dim = 128;
+  p.dtype = DType::bf16;
+  const Sizes sizes{1, 8192, 1};
+  const Variant whole = engine.plan(p, kScripted, sizes).value().variant();
+  CHECK(whole.slab == 0);
+  const std::size_t bytes = workspace_layout(p, whole, sizes).bytes;
+  CHECK(engine.plan(p, kScripted, sizes, std::nullopt, bytes).value().variant() == whole);
+  const Plan within = engine.plan(p, kScripted, sizes, std::nullopt, bytes / 3).value();
+  CHECK(workspace_layout(p, within.variant(), sizes).bytes <= bytes / 3);
+  CHECK(engine.prepare(within).value().workspace_bytes(sizes).value() <= bytes / 3);
+  CHECK_THAT(failure(engine.plan(p, kScripted, sizes, std::nullopt, 1000)),
+             Catch::Matchers::Contains("and 1000 are allowed"));
+  CHECK_THAT(failure(engine.plan(p, kScripted, sizes, whole, bytes - 1)),
+             Catch::Matchers::Contains("needs a workspace of"));
 }
 
 TEST_CASE("a device that is not there is unavailable, and the host comes last in the list") {

@@ -108,6 +108,8 @@ void fill_sizes(reference::Inputs& in, const CaseOptions& o) {
   in.sizes = {1, in.cu_seqlens.back() + o.padding, static_cast<std::int64_t>(o.lengths.size())};
 }
 
+constexpr std::int64_t kNoSlot = std::int64_t{1} << 30;
+
 std::vector<Expected> expect_gradients(const reference::Gradients& g) {
   std::vector<Expected> all = {{"d_q", g.d_q},
                                {"d_k", g.d_k},
@@ -176,6 +178,34 @@ std::vector<Expected> expect_forward(TestCase& c) {
   return all;
 }
 
+/// What a forward would have saved: slots in falling order, and one column behind the longest sequence.
+void place_saved_states(TestCase& c) {
+  const reference::Inputs& in = c.inputs;
+  const Problem& p = in.problem;
+  const std::int64_t interval = c.interior_interval = p.saved_interval, columns = in.sizes.tokens / interval + 1;
+  const auto size = static_cast<std::ptrdiff_t>(p.value_heads) * p.key_dim * p.value_dim;
+  std::vector<std::int64_t> rows; // after which a state is saved
+  c.interior_slots.assign(static_cast<std::size_t>(in.sizes.sequences * columns), -1);
+  for (std::int64_t n = 0; n < in.sizes.sequences; ++n) {
+    const auto i = static_cast<std::size_t>(n);
+    const std::int64_t begin = p.varlen ? in.cu_seqlens[i] : n * in.sizes.tokens,
+                       end = p.varlen ? in.cu_seqlens[i + 1] : begin + in.sizes.tokens;
+    for (std::int64_t j = 0; begin + (j + 1) * interval <= end; ++j) {
+      c.interior_slots[static_cast<std::size_t>(n * columns + j)] =
+          -1 - static_cast<std::int64_t>(rows.size());
+      rows.push_back(begin + (j + 1) * interval - 1);
+    }
+    for (std::int64_t j = (end - begin) / interval; j < columns; ++j)
+      c.interior_slots[static_cast<std::size_t>(n * columns + j)] = kNoSlot;
+  }
+  c.interior_states = static_cast<std::int64_t>(rows.size());
+  for (std::int64_t& slot : c.interior_slots)
+    if (slot != kNoSlot) slot += c.interior_states;
+  const Array all = reference::verify(in).states;
+  for (auto row = rows.rbegin(); row != rows.rend(); ++row)
+    c.saved.insert(c.saved.end(), all.begin() + *row * size, all.begin() + (*row + 1) * size);
+}
+
 std::vector<Expected> expect(TestCase& c) {
   switch (c.inputs.problem.operation) {
   case Operation::forward:
@@ -230,6 +260,7 @@ TestCase random_case(const CaseOptions& o) {
   if (p.operation == Operation::backward) {
     c.gradients.d_o = rounded(random.normal(values, 1), p.dtype);
     c.gradients.d_final_state = rounded(random.normal(states, 0.3), p.state_dtype);
+    if (p.saved_interval != 0) place_saved_states(c);
   }
   c.expected = expect(c);
   return c;

@@ -38,7 +38,8 @@ struct TestCase {
   std::int64_t interior_interval = 0, interior_states = 0;
   std::vector<std::int64_t> interior_slots; ///< [N, columns]
   reference::OutputGradients gradients;
-  reference::Array d_gate; ///< gate_backward: what comes in
+  reference::Array saved;  ///< Problem::saved_interval: the interior states, in [K,V], by slot
+  reference::Array d_gate;                  ///< gate_backward: what comes in
   std::vector<Expected> expected;
 };
 [[nodiscard]] TestCase random_case(const CaseOptions& options);

@@ -83,6 +83,7 @@ public:
   }
 
   [[nodiscard]] const KernelArgs& args() const { return args_; }
+  void set(const Slabs& slabs) { set_slabs(slabs, args_); }
 
   [[nodiscard]] Status check_inputs() const {
     for (const Buffer& b : inputs_) {
@@ -243,10 +244,13 @@ private:
       return token("d_o", args_.d_o, DType::fp32, p_.value_heads, p_.key_dim, &case_.d_gate);
     if (p_.operation != Operation::backward) return {};
     if (Status ok = token("d_o", args_.d_o, p_.dtype, p_.value_heads, p_.value_dim, &g.d_o); !ok) return ok;
+    if (p_.saved_interval != 0)
+      if (Status ok = state("interior_states", args_.interior_states, &case_.saved, case_.interior_states);
+          !ok)
+        return ok;
     if (g.d_final_state.empty()) return {};
     return state("d_final_state", args_.d_final_state, &g.d_final_state);
   }
-
   Status table(NumberTable& arg, const std::vector<std::int64_t>& numbers, std::int64_t columns) {
     if (numbers.empty()) return {};
     Buffer b;
@@ -358,6 +362,7 @@ Result<RunReport> run_image(const Backend& backend, const SourceUnit& unit, cons
   Call call(backend, c, options);
   if (Status ok = call.prepare(variant); !ok) return tl::unexpected(ok.error());
   const LaunchList list = launches(p, variant, backend.target(), c.inputs.sizes);
+  call.set(list.slabs);
   RunReport report;
   report.launches = list.count;
   const auto work = [&](void* stream) -> Status {

@@ -55,6 +55,8 @@ struct Problem {
   bool batch_invariant = false; ///< a sequence gets the same bits whatever else is in the call: the variant
                                 ///< does not depend on the sizes
   bool tree = false; ///< tokens continue from a parent, not from the one before; recurrent with updates
+  // Backward.
+  int saved_interval = 0; ///< the forward saved states every so many tokens, a multiple of 64; 0: it did not
 
   bool operator==(const Problem&) const = default;
 };
@@ -68,6 +70,19 @@ struct Sizes {
 
 /// Refuses what no kernel supports, with a sentence that says what is supported.
 [[nodiscard]] Status validate(const Problem& problem);
+
+/// What a forward saves for the backward of the same call: the state after every `interval` tokens of every
+/// sequence, in the state's dtype and layout, or nothing. Both have the same Args::interior_states and
+/// Args::interior_slots, and the backward has Problem::saved_interval.
+struct SavedStates {
+  std::int64_t interval = 0;
+  std::int64_t slots = 0;   ///< interior_states [slots,HV,K,V] or [slots,HV,V,K]: enough for any lengths
+  std::int64_t columns = 0; ///< interior_slots [N,columns]: state j of sequence n may take slot b + j, b
+                            ///< being the tokens before the sequence divided by the interval
+  std::int64_t bytes = 0;   ///< of both, the table in int32
+};
+/// `interval` 0: nothing. Of the problem only the states count: heads, dims, dtype, packed or not.
+[[nodiscard]] Result<SavedStates> saved_states(const Problem&, const Sizes&, std::int64_t interval);
 
 /// True when the gate reads A_log.
 [[nodiscard]] constexpr bool reads_a_log(GateKind gate) {

@@ -36,16 +36,26 @@ struct Launch {
   unsigned block = 0;    ///< threads of a CTA; 0 on the host
   unsigned shared_bytes = 0;
   bool overlap = false; ///< may start before the kernel before it has ended; it waits itself
+  int slab = 0;         ///< KernelArgs::slab
 };
 constexpr std::int64_t kMostCtas = 2147483647; ///< that a CUDA grid has in x
+/// What a call is walked in (templates/cuda/chunk_backward/slab.cuh).
+struct Slabs {
+  int chunks = 0; ///< fixed batches: of a piece of a row. Packed: of a slab
+  int rows = 0;   ///< fixed batches: rows side by side. Packed: units of CTAs that share a slab's sequences
+  int pieces = 0; ///< of a group of rows
+  int count = 1;  ///< slabs of a call
+};
 /// The launches of one call, in order, in one stream; no allocation. A launch without CTAs is left out.
 struct LaunchList {
-  std::array<Launch, 12> items{};
+  static constexpr int kMost = 64;
+  std::array<Launch, kMost> items; ///< the first `count`
   int count = 0;
-  void add(int entry, std::int64_t ctas, int block, int shared_bytes, bool overlap = false) {
+  Slabs slabs;
+  void add(int entry, std::int64_t ctas, int block, int shared_bytes, bool overlap = false, int slab = 0) {
     if (ctas > 0)
-      items[static_cast<std::size_t>(count++)] = {entry, ctas, static_cast<unsigned>(block),
-                                                  static_cast<unsigned>(shared_bytes), overlap};
+      items[static_cast<std::size_t>(count++)] = {
+          entry, ctas, static_cast<unsigned>(block), static_cast<unsigned>(shared_bytes), overlap, slab};
   }
 };
 [[nodiscard]] LaunchList launches(const Problem&, const Variant&, const Target&, const Sizes&);

@@ -2,6 +2,7 @@
 // How a problem is computed: a plain struct of tunables. Its one-line text is what reports, logs and tuning
 // rows show.
 #include "codegen/problem.h"
+#include <cstddef>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -32,6 +33,8 @@ struct Variant {
   int lanes = 0;         ///< token: lanes of a warp that share a row of K; 0: as many as K fills
   int streaming = 0;     ///< token: 1: states pass by L1 and leave L2 first
   int segments = 0;      ///< fused: pieces of a sequence that run side by side; 0: one
+  int slab = 0;          ///< chunk backward: tokens, of all sequences, that are worked on at a time; 0: all.
+                         ///< Twice as many, and so on, where a call would take more than 64 launches
   int overlap = 0;       ///< token: 1: starts while the kernel before it ends (programmatic dependent launch)
 
   bool operator==(const Variant&) const = default;
@@ -70,6 +73,8 @@ struct Candidate {
 /// extent is rounded up to three significant bits (1 to 8, 10, 12, 14, 16, 20 ...): at most a quarter more,
 /// less than the cost model is off.
 [[nodiscard]] Result<Variant> choose(const Problem&, const Target&, const Sizes&);
+/// The same among those whose workspace for these sizes, not rounded, is at most `max_workspace` bytes.
+[[nodiscard]] Result<Variant> choose(const Problem&, const Target&, const Sizes&, std::size_t max_workspace);
 /// Calls that `choices` covers: this many tokens, sequences and batch rows.
 inline constexpr std::int64_t kMostTokens = std::int64_t{1} << 22, kMostSequences = std::int64_t{1} << 14;
 /// Every answer of `choose` for any call within those limits, in order of `enumerate`. Rounding makes them

@@ -81,6 +81,12 @@ enum class PaddingPolicy : std::uint8_t { none, negative, zero, both };
 /// has_initial_state, [N], of a forward or a recurrence without a pool: a sequence whose number is 0 starts
 /// from zero, whatever initial_state holds for it.
 ///
+/// States that the forward saved for the backward (Problem::saved_interval; their number and bytes:
+/// saved_states): the state after (j + 1) * interior_interval tokens of sequence n is slot interior_slots[n,
+/// j] of interior_states, [slots,HV,K,V] or [slots,HV,V,K] in the state's dtype. A backward in slabs starts
+/// from them where it would otherwise find them again; one in one piece does not read them. One that is read
+/// and whose number is no slot makes the gradients that it reaches NaN, and raises slot_error to 1 + n.
+///
 /// With a state pool (Problem::state_pool), initial_state and final_state are pools [slots,HV,K,V] or
 /// [slots,HV,V,K]: the same memory (in place) or two. Sequence n starts from slot read_slots[n] of
 /// initial_state (from zero where that is absent) and leaves its state in slot write_slots[n] of final_state
@@ -121,8 +127,8 @@ struct Args {
   IndexTable read_slots, write_slots;      ///< with a pool: given where initial_state and final_state are
   IndexTable accepted;       ///< [N]; replay; recurrent: with a pool, required where read_slots has columns
   IndexTable parents;        ///< with a tree: [N, columns]
-  Tensor interior_states;    ///< with interior states
-  IndexTable interior_slots; ///< with interior states: [N, columns]
+  Tensor interior_states;    ///< with interior states, or saved states
+  IndexTable interior_slots; ///< with interior_states: [N, columns]
   std::int64_t interior_interval = 64; ///< tokens, a multiple of 64
   IndexTable has_initial_state;        ///< [N]; absent: every sequence has one, if there is initial_state
   PaddingPolicy padding = PaddingPolicy::none; ///< with a pool
@@ -132,6 +138,9 @@ struct Args {
 };
 
 class Backend; // runtime/src/backend.h
+
+/// Of a workspace: as many bytes as the kernel wants.
+inline constexpr std::size_t kNoLimit = static_cast<std::size_t>(-1);
 
 enum class TuneMode : std::uint8_t {
   off,    ///< the cost model's choice
@@ -272,9 +281,12 @@ public:
   [[nodiscard]] Device best_device() const;
 
   /// Picks a variant: `variant` if given, else the pin or the tuned row of this problem and bucket, else the
-  /// cost model. Plan::explain says which, and which rows or pins did not count.
+  /// cost model. Plan::explain says which, and which rows or pins did not count. None needs more than
+  /// `max_workspace` bytes for the typical sizes: a tuned one that does gives way to the fastest measured
+  /// one, else the cost model's, that does not. An error when every one does, or when the given one does.
   [[nodiscard]] Result<Plan> plan(const Problem&, Device, const Sizes& typical,
-                                  const std::optional<Variant>& variant = std::nullopt) const;
+                                  const std::optional<Variant>& variant = std::nullopt,
+                                  std::size_t max_workspace = kNoLimit) const;
   /// Compiles or finds the image and loads it; with TuneMode on or force it tunes first.
   [[nodiscard]] Result<Kernel> prepare(const Plan&) const;
   [[nodiscard]] std::future<Result<Kernel>> prepare_async(const Plan&) const;

@@ -277,12 +277,13 @@ KDA_DEVICE void write_inverse(const float* matrix, int pair, unsigned char* reco
   *fragment(record + Record::x, place + 1) = Word4{{x.low[0], x.low[1], x.low[2], x.low[3]}};
 }
 
-KDA_DEVICE void prepare_chunks(const KernelArgs& args) {
+/// `find` gives the tokens of a chunk by its place in the workspace.
+template <class Find>
+KDA_DEVICE void prepare_chunks(const KernelArgs& args, const Find& find) {
   const int head = block_index_x() % args.value_heads;
   const i64 first_chunk = static_cast<i64>(block_index_x() / args.value_heads) * kPrepareChunks;
   ChunkSpan* spans = shared_at<ChunkSpan>(PrepareShared::spans);
-  if (thread_index() < kPrepareChunks)
-    spans[thread_index()] = find_chunk(args, chunk_offsets(args), first_chunk + thread_index());
+  if (thread_index() < kPrepareChunks) spans[thread_index()] = find(first_chunk + thread_index());
   sync_block();
   if (spans[0].rows == 0) return;
 

@@ -1,8 +1,8 @@
 #pragma once
 // Sums of the backward over what one CTA does not see, always in the same order: over chunks for d dt_bias
 // and d A_log, over the value heads of a group for dq and dk. And zeros for tokens behind the last sequence.
+#include "chunk_backward/slab.cuh"
 #include "chunk_backward/workspace.cuh"
-#include "stages/schedule.cuh"
 #include "stages/token_load.cuh"
 
 namespace kda {
@@ -50,33 +50,29 @@ KDA_DEVICE void reduce_parameters(const KernelArgs& args) {
 
 constexpr int kGroupThreads = 256;
 
-/// Four channels of one token and query/key head a thread.
+/// One CTA a chunk and query/key head, four channels of one token a thread.
 KDA_DEVICE void sum_group(const KernelArgs& args) {
   constexpr int groups = Config::K / 4;
-  const i64 item = i64(block_index_x()) * kGroupThreads + thread_index();
-  const int channel = static_cast<int>(item % groups) * 4;
-  const i64 row = item / groups / args.heads;
-  const int head = static_cast<int>(item / groups % args.heads);
-  const i64 batch = row / args.tokens, token = row % args.tokens;
-  if (batch >= args.batch) return;
-  bool exists = true;
-  if constexpr (Config::varlen)
-    exists = token < static_cast<const Config::Index*>(args.cu_seqlens)[args.sequences];
-  float sums[2][4] = {};
-  for (int i = 0; exists && i < Config::group; ++i) {
-    const i64 at =
-        ((batch * args.value_heads + head * Config::group + i) * args.tokens + token) * Config::K + channel;
+  const int head = block_index_x() % args.heads;
+  const i64 chunk = block_index_x() / args.heads;
+  const ChunkSpan span = find_slab_chunk(args, chunk);
+  for (int item = thread_index(); item < span.rows * groups; item += kGroupThreads) {
+    const int row = item / groups, channel = item % groups * 4, at = row * Config::K + channel;
+    float sums[2][4] = {};
+    for (int i = 0; i < Config::group; ++i) {
+      const int value_head = head * Config::group + i;
+      float q[4], k[4];
+      widen<float>(load_raw(part_of<8>(args, chunk, value_head) + at, true), q);
+      widen<float>(load_raw(part_of<9>(args, chunk, value_head) + at, true), k);
 #pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      float part[4];
-      widen<float>(load_raw(static_cast<const float*>(args.workspace[8 + which]) + at, true), part);
-#pragma unroll
-      for (int c = 0; c < 4; ++c)
-        sums[which][c] += part[c];
+      for (int c = 0; c < 4; ++c) {
+        sums[0][c] += q[c];
+        sums[1][c] += k[c];
+      }
     }
+    store4(row_of<Config::Element>(args.d_q, span.batch, span.first + row, head) + channel, sums[0]);
+    store4(row_of<Config::Element>(args.d_k, span.batch, span.first + row, head) + channel, sums[1]);
   }
-  store4(row_of<Config::Element>(args.d_q, batch, token, head) + channel, sums[0]);
-  store4(row_of<Config::Element>(args.d_k, batch, token, head) + channel, sums[1]);
 }
 
 /// Zeros the gradients behind the last packed sequence: of a value head, and of its query/key head when it is
@@ -89,9 +85,9 @@ KDA_DEVICE void fill_padding(const KernelArgs& args, int head, int thread, int t
       store4(row_of<Config::Element>(args.d_v, 0, token, head) + i, zeros);
     for (int i = 0; i < Config::K; i += 4) {
       store4(row_of<Config::Gate>(args.d_g, 0, token, head) + i, zeros);
-      if (Config::group > 1) continue; // kda_backward_group does
-      store4(row_of<Config::Element>(args.d_q, 0, token, head) + i, zeros);
-      store4(row_of<Config::Element>(args.d_k, 0, token, head) + i, zeros);
+      if (head % Config::group != 0) continue;
+      store4(row_of<Config::Element>(args.d_q, 0, token, head / Config::group) + i, zeros);
+      store4(row_of<Config::Element>(args.d_k, 0, token, head / Config::group) + i, zeros);
     }
     *row_of<Config::Beta>(args.d_beta, 0, token, head) = from_float<Config::Beta>(0.f);
   }

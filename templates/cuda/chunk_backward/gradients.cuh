@@ -17,6 +17,7 @@
 // shared memory, about 370 mma.sync a warp.
 #include "chunk_backward/gate_gradients.cuh"
 #include "chunk_backward/key_gradients.cuh"
+#include "chunk_backward/slab.cuh"
 #include "chunk_backward/value_gradients.cuh"
 
 namespace kda {
@@ -25,7 +26,7 @@ KDA_DEVICE void compute_gradients(const KernelArgs& args) {
   const int head = block_index_x() % args.value_heads;
   const i64 chunk = block_index_x() / args.value_heads, key_head = head / Config::group;
   ChunkSpan* const shared_span = shared_at<ChunkSpan>(GradientShared::span);
-  if (thread_index() == 0) *shared_span = find_chunk(args, chunk_offsets(args), chunk);
+  if (thread_index() == 0) *shared_span = find_slab_chunk(args, chunk);
   sync_block();
   const ChunkSpan span = *shared_span;
   if (span.rows == 0) return;
@@ -89,13 +90,13 @@ KDA_DEVICE void compute_gradients(const KernelArgs& args) {
     if (const int block = warp + n * kGradientWarps; block < kKeyBlocks)
 #pragma unroll
       for (int tile = 0; tile < kChunkTiles; ++tile)
-        store_key_gradients(args, span, head, tile, block, gradients[n]);
+        store_key_gradients(args, span, chunk, head, tile, block, gradients[n]);
   store_beta_gradients(args, span, head);
   sum_tile_tables(map);
   sync_block();
   write_gate_gradients(args, span, head, map);
   sync_block();
-  store_parameter_parts(args, chunk, head);
+  store_parameter_parts(args, chunk_number(args, chunk), head);
 }
 
 } // namespace kda

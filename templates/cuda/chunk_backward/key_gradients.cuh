@@ -243,8 +243,8 @@ KDA_DEVICE void store_part(float* p, const Accumulator& x, int rows, int columns
 }
 
 /// dq and dk through the norm, to the caller or, for grouped heads, to the workspace.
-KDA_DEVICE void store_key_gradients(const KernelArgs& args, const ChunkSpan& span, int head, int tile,
-                                    int block, BlockGradients& gradients) {
+KDA_DEVICE void store_key_gradients(const KernelArgs& args, const ChunkSpan& span, i64 chunk, int head,
+                                    int tile, int block, BlockGradients& gradients) {
   Accumulator& q = gradients.q[tile];
   Accumulator& k = gradients.k[tile];
   RawBlock raw;
@@ -276,9 +276,9 @@ KDA_DEVICE void store_key_gradients(const KernelArgs& args, const ChunkSpan& spa
     store_rows<Config::K>(row_of<Config::Element>(args.d_k, span.batch, first, head) + block * 16,
                           args.d_k.stride_token, pack_rows<Config::Element>(k), rows, columns);
   } else {
-    const i64 at = ((span.batch * args.value_heads + head) * args.tokens + first) * Config::K + block * 16;
-    store_part(static_cast<float*>(args.workspace[8]) + at, q, rows, columns);
-    store_part(static_cast<float*>(args.workspace[9]) + at, k, rows, columns);
+    const int at = tile * kTileRows * Config::K + block * 16;
+    store_part(part_of<8>(args, chunk, head) + at, q, rows, columns);
+    store_part(part_of<9>(args, chunk, head) + at, k, rows, columns);
   }
 }
 

@@ -29,13 +29,13 @@ struct Stage {
 
 /// What a CTA works on.
 struct ScanWork {
-  SequenceSpan span;
+  Piece piece;
   int head, first_column, blocks, thread; ///< thread: number among those that copy, or negative
 };
 
 KDA_DEVICE void load_stage_forwards(const KernelArgs& args, const ScanWork& work, int chunk,
                                     unsigned char* stage) {
-  const unsigned char* record = record_of(args, work.span.first_chunk + chunk, work.head);
+  const unsigned char* record = record_of(args, work.piece.span.first_chunk + chunk, work.head);
   copy_linear<Stage::factors, kScanLoaders>(stage, record + Record::w, work.thread);
   for (int b = 0; b < work.blocks; ++b)
     copy_linear<Stage::u_block, kScanLoaders>(
@@ -44,11 +44,12 @@ KDA_DEVICE void load_stage_forwards(const KernelArgs& args, const ScanWork& work
 }
 KDA_DEVICE void load_stage_backwards(const KernelArgs& args, const ScanWork& work, int chunk,
                                      unsigned char* stage) {
-  const unsigned char* record = record_of(args, work.span.first_chunk + chunk, work.head);
+  const SequenceSpan& span = work.piece.span;
+  const unsigned char* record = record_of(args, span.first_chunk + chunk, work.head);
   copy_linear<Record::u, kScanLoaders>(stage, record, work.thread);
-  const i64 first = work.span.begin + i64(chunk) * Config::chunk;
-  const int rows = static_cast<int>(min(work.span.end - first, i64(Config::chunk)));
-  const auto* d_o = row_of<const Config::Element>(args.d_o, work.span.batch, first, work.head);
+  const i64 first = span.begin + i64(chunk) * Config::chunk;
+  const int rows = static_cast<int>(min(span.end - first, i64(Config::chunk)));
+  const auto* d_o = row_of<const Config::Element>(args.d_o, span.batch, first, work.head);
   constexpr int piece = Config::V % 8 == 0 ? 8 : 4, pieces = Config::value_tile / piece;
   auto* tile = reinterpret_cast<Config::Element*>(stage + Record::u);
 #pragma unroll 4
@@ -93,7 +94,8 @@ KDA_DEVICE void multiply_rows(Accumulator& x, const u32 (&rounded)[kKeyBlocks][4
   }
 }
 
-/// `block` counts the tile's value blocks, `value_block` all of V's.
+/// `block` counts the tile's value blocks, `value_block` all of V's. Not `keeps`: only S moves on.
+template <bool keeps>
 KDA_DEVICE void scan_forwards(const KernelArgs& args, const ScanWork& work, i64 chunk, int block,
                               const unsigned char* stage, ScanState& state) {
   const auto* w = reinterpret_cast<const Operand*>(stage);
@@ -101,7 +103,7 @@ KDA_DEVICE void scan_forwards(const KernelArgs& args, const ScanWork& work, i64 
   const int value_block = work.first_column / 16 + block;
   u32 rounded[kKeyBlocks][4], u[kChunkTiles][4];
   round_state(state, rounded);
-  store_fragments(chunk_slot<2>(args, chunk, work.head), value_block, rounded);
+  if constexpr (keeps) store_fragments(chunk_slot<2>(args, chunk, work.head), value_block, rounded);
   unsigned char* out = chunk_slot<4>(args, chunk, work.head);
 #pragma unroll
   for (int i = 0; i < kChunkTiles; ++i) {
@@ -112,7 +114,8 @@ KDA_DEVICE void scan_forwards(const KernelArgs& args, const ScanWork& work, i64 
     for (int n = 0; n < 4; ++n)
       u[i][n] = pack2<Operand>(low_half<Operand>(own.w[n]) - ws.d[n >> 1][(n & 1) * 2],
                                high_half<Operand>(own.w[n]) - ws.d[n >> 1][(n & 1) * 2 + 1]);
-    *fragment(out, value_block * kChunkTiles + i) = Word4{{u[i][0], u[i][1], u[i][2], u[i][3]}};
+    if constexpr (keeps)
+      *fragment(out, value_block * kChunkTiles + i) = Word4{{u[i][0], u[i][1], u[i][2], u[i][3]}};
   }
   decay_state(state, stage + Record::decay - Record::w);
 #pragma unroll
@@ -183,10 +186,14 @@ KDA_DEVICE void scan_backwards(const KernelArgs& args, const ScanWork& work, i64
   }
 }
 
-/// Walks the chunks in the direction `reverse` says.
-template <bool reverse>
-KDA_DEVICE void scan_sequence(const KernelArgs& args, const ScanWork& work, int sequence) {
-  const int chunks = static_cast<int>(chunks_of(work.span.end - work.span.begin));
+enum class Walk { forwards, backwards, states }; ///< states: forwards, and only the last S is kept
+
+/// Walks the chunks of a piece.
+template <Walk walk>
+KDA_DEVICE void scan_piece(const KernelArgs& args, const ScanWork& work) {
+  constexpr bool reverse = walk == Walk::backwards;
+  const Piece& piece = work.piece;
+  const int chunks = static_cast<int>(chunks_of(piece.span.end - piece.span.begin));
   const auto number = [&](int step) { return reverse ? chunks - 1 - step : step; };
   const auto stage = [&](int step) { return shared_memory() + step % Config::stages * Stage::bytes; };
   const auto load = [&](int step) {
@@ -205,42 +212,82 @@ KDA_DEVICE void scan_sequence(const KernelArgs& args, const ScanWork& work, int 
   const bool works = warp < work.blocks;
   const int column = work.first_column + warp * 16;
   ScanState state;
-  if (works)
-    load_state(reverse ? args.d_final_state : args.initial_state, sequence, work.head, column, state);
+  if (works) {
+    if constexpr (reverse)
+      load_d(args, piece, work.head, column, state);
+    else
+      load_s(args, piece, work.head, column, state);
+  }
 #pragma unroll 1
   for (int step = 0; step < chunks; ++step) {
     wait_copies<Config::stages - 2>();
     sync_block(); // this step's record is there, and nobody reads the one before any more
     load(step + Config::stages - 1);
     if (!works) continue;
-    const i64 chunk = work.span.first_chunk + number(step);
+    const i64 chunk = piece.span.first_chunk + number(step);
     if constexpr (reverse)
       scan_backwards(args, work, chunk, warp, stage(step), state);
     else
-      scan_forwards(args, work, chunk, warp, stage(step), state);
+      scan_forwards<walk == Walk::forwards>(args, work, chunk, warp, stage(step), state);
   }
-  if (reverse && works) store_state(args.d_initial_state, sequence, work.head, column, state);
+  if (reverse && works) store_d(args, piece, work.head, column, state);
+  if (walk == Walk::states && works) store_carry<11>(args, piece.after, work.head, column, state);
+}
+
+KDA_DEVICE ScanWork scan_work(const KernelArgs& args, int head, int tile) {
+  ScanWork work;
+  work.head = head;
+  work.first_column = tile * Config::value_tile;
+  work.blocks = min(kScanBlocks, (kPaddedV - work.first_column) / 16);
+  work.thread = thread_index() - (kScanThreads - kScanLoaders);
+  return work;
+}
+
+/// What lies in this slab of the rows or sequences of unit `unit` of `units`, in one direction.
+template <Walk walk>
+KDA_DEVICE void scan_unit(const KernelArgs& args, ScanWork& work, int unit, int units) {
+  if constexpr (!Config::slabs) {
+    work.piece.sequence = unit;
+    work.piece.span = find_sequence(args, chunk_offsets(args), unit);
+    scan_piece<walk>(args, work);
+  } else if constexpr (!Config::varlen) {
+    if (unit >= slab_rows(args).rows) return;
+    work.piece = fixed_piece(args, unit);
+    if (walk != Walk::states || !work.piece.ends) scan_piece<walk>(args, work);
+  } else {
+    const SlabStart* const start = slab_starts(args) + args.slab;
+    const bool last = args.slab + 1 == args.slab_pieces;
+    for (int n = start[0].sequence + unit; n < args.sequences; n += units) {
+      if (!last && chunk_offsets(args)[n] >= start[1].chunk) return;
+      work.piece = packed_piece(args, n);
+      if (walk == Walk::states && work.piece.ends) continue;
+      scan_piece<walk>(args, work);
+      sync_block(); // nobody reads the stages any more
+    }
+  }
 }
 
 KDA_DEVICE void scan_chunks(const KernelArgs& args) {
   // Even CTAs walk backwards, odd ones forwards; value tiles of a head are near each other.
-  const int unit = block_index_x() / (2 * kScanTiles), tile = block_index_x() / 2 % kScanTiles;
+  const int tile = block_index_x() / 2 % kScanTiles, number = block_index_x() / (2 * kScanTiles);
+  const int head = number % args.value_heads, unit = number / args.value_heads;
+  const int units = Config::slabs ? args.slab_rows : args.sequences;
   const bool reverse = block_index_x() % 2 == 0;
-  const int sequence = unit / args.value_heads;
-  if (Config::varlen && sequence == args.sequences)
-    return fill_padding(args, unit % args.value_heads,
-                        (block_index_x() % (2 * kScanTiles)) * kScanThreads + thread_index(),
+  if (Config::varlen && unit == units)
+    return fill_padding(args, head, (block_index_x() % (2 * kScanTiles)) * kScanThreads + thread_index(),
                         2 * kScanTiles * kScanThreads);
-  ScanWork work;
-  work.span = find_sequence(args, chunk_offsets(args), sequence);
-  work.head = unit % args.value_heads;
-  work.first_column = tile * Config::value_tile;
-  work.blocks = min(kScanBlocks, (kPaddedV - work.first_column) / 16);
-  work.thread = thread_index() - (kScanThreads - kScanLoaders);
+  ScanWork work = scan_work(args, head, tile);
   if (reverse)
-    scan_sequence<true>(args, work, sequence);
+    scan_unit<Walk::backwards>(args, work, unit, units);
   else
-    scan_sequence<false>(args, work, sequence);
+    scan_unit<Walk::forwards>(args, work, unit, units);
+}
+
+/// S at the end of the slab.
+KDA_DEVICE void scan_states(const KernelArgs& args) {
+  const int tile = block_index_x() % kScanTiles, number = block_index_x() / kScanTiles;
+  ScanWork work = scan_work(args, number % args.value_heads, tile);
+  scan_unit<Walk::states>(args, work, number / args.value_heads, args.slab_rows);
 }
 
 } // namespace kda
