@@ -73,3 +73,40 @@ TEST_CASE("kernels beside what the emulator gave: how many bits are the same", "
       compare(k, t);
   }
 }
+
+TEST_CASE(
+    "a backward in slabs gives the bits of the whole call, and the gradients of float64 from saved states",
+    "[gpu]") {
+  const auto backend = gpu();
+  if (backend == nullptr) return;
+  for (const bool packed : {false, true})
+    for (const char* whole : {"chunk c=32 vt=64 pw=8 sw=4 st=2", "chunk c=64 vt=32 pw=8 sw=4 st=2"}) {
+      CaseOptions o;
+      Problem& p = o.problem;
+      p.operation = Operation::backward;
+      p.value_heads = packed ? 2 : 1;
+      p.gate = GateKind::bounded_no_a;
+      p.dt_bias = p.beta_sigmoid = p.qk_l2norm = true;
+      p.varlen = packed;
+      o.batch = 2;
+      o.tokens = 600;
+      if (packed) o.lengths = {0, 300, 1, 0, 500, 130};
+      o.regime = Regime::slow;
+      const Variant slabs = parse_variant(fmt::format("{} sl=512", whole)).value();
+      const TestCase c = random_case(o);
+      CAPTURE(to_string(p), to_string(slabs));
+      REQUIRE(launches(p, slabs, backend->target(), c.inputs.sizes).slabs.count > 2);
+      const RunReport report = run(*backend, c, slabs),
+                      expected = run(*backend, c, parse_variant(whole).value());
+      for (std::size_t i = 0; i < expected.tensors.size(); ++i) {
+        CAPTURE(expected.tensors[i].name);
+        CHECK(report.tensors[i].error <= tolerance(p, slabs, expected.tensors[i].name));
+        CHECK(report.tensors[i].values == expected.tensors[i].values);
+      }
+      p.saved_interval = 256;
+      for (const TensorReport& t : run(*backend, random_case(o), slabs).tensors) {
+        CAPTURE(t.name, t.place);
+        CHECK(t.error <= tolerance(p, slabs, t.name));
+      }
+    }
+}
