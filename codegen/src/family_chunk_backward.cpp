@@ -45,11 +45,11 @@ std::string reject(const Problem& p, const Target& t, const Variant& v) {
                        {prepare_shared(p, v), scan_shared(p, v), gradient_shared(p, v)});
 }
 
-enum Entry { prepare, scan, gradients, reduce, group, schedule, states };
+enum Entry { prepare, scan, gradients, reduce, group, schedule, factors, states };
 std::vector<std::string> kernel_entries(const Problem&, const Variant& v) {
   std::vector<std::string> all{"kda_prepare",         "kda_backward_scan",  "kda_backward_gradients",
                                "kda_backward_reduce", "kda_backward_group", "kda_schedule"};
-  if (v.slab != 0) all.emplace_back("kda_backward_states");
+  if (v.slab != 0) all.insert(all.end(), {"kda_backward_factors", "kda_backward_states"});
   return all;
 }
 
@@ -154,19 +154,19 @@ public:
   }
 
 private:
-  void add_prepare(int slab) {
-    list_.add(prepare, up(chunks_, prepare_chunks(p_, v_)) * p_.value_heads, v_.prepare_warps * 32,
+  void add_prepare(Entry entry, int slab) {
+    list_.add(entry, up(chunks_, prepare_chunks(p_, v_)) * p_.value_heads, v_.prepare_warps * 32,
               prepare_shared(p_, v_), false, slab);
   }
   void find_states(int slab) {
-    add_prepare(slab);
+    add_prepare(factors, slab);
     list_.add(states, units_ * p_.value_heads * value_tiles(p_, v_), v_.scan_warps * 32, scan_shared(p_, v_),
               false, slab);
   }
   /// The scan goes both ways; packed, one unit more of slab 0 zeros what lies behind the last sequence.
   void walk(int slab) {
     constexpr int kGroupThreads = 256;
-    add_prepare(slab);
+    add_prepare(prepare, slab);
     const std::int64_t padding = p_.varlen && slab == 0 ? 1 : 0;
     list_.add(scan, 2 * (units_ + padding) * p_.value_heads * value_tiles(p_, v_), v_.scan_warps * 32,
               scan_shared(p_, v_), false, slab);

@@ -3,8 +3,8 @@
 //
 // Launches: kda_schedule (packed only), kda_prepare, kda_backward_scan, kda_backward_gradients,
 // kda_backward_group (grouped value heads), kda_backward_reduce (gates with parameters). In slabs (slab.cuh):
-// where the forward saved nothing, first kda_prepare and kda_backward_states of every slab but the last; then
-// the four from prepare to group for every slab, from the last to the first.
+// where the forward saved nothing, first kda_backward_factors and kda_backward_states of every slab but the
+// last; then the four from prepare to group for every slab, from the last to the first.
 #include "chunk/prepare.cuh"
 #include "chunk_backward/finish.cuh"
 #include "chunk_backward/gradients.cuh"
@@ -27,13 +27,22 @@ KDA_KERNEL(256, 1) kda_schedule(KDA_GRID_CONSTANT kda::KernelArgs args) {
 
 #if KDA_COMPILES(kda_prepare)
 KDA_KERNEL(kda::kPrepareThreads, kda::prepare_ctas()) kda_prepare(KDA_GRID_CONSTANT kda::KernelArgs args) {
-  kda::prepare_chunks(args, [&](kda::i64 chunk) { return kda::find_slab_chunk(args, chunk); });
+  kda::prepare_chunks<false>(args, [&](kda::i64 chunk) { return kda::find_slab_chunk(args, chunk); });
 }
 #endif
 
 #if KDA_COMPILES(kda_backward_scan)
 KDA_KERNEL(kda::kScanThreads, 1) kda_backward_scan(KDA_GRID_CONSTANT kda::KernelArgs args) {
   kda::scan_chunks(args);
+}
+#endif
+
+#if KDA_COMPILES(kda_backward_factors)
+KDA_KERNEL(kda::kPrepareThreads, kda::prepare_ctas())
+kda_backward_factors(KDA_GRID_CONSTANT kda::KernelArgs args) {
+  if constexpr (kda::Config::slabs)
+    kda::prepare_chunks<true>(
+        args, [&](kda::i64 chunk) { return kda::find_crossing_chunk<kda::kPrepareChunks>(args, chunk); });
 }
 #endif
 

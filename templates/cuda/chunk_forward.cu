@@ -17,8 +17,8 @@ KDA_KERNEL(256, 1) kda_schedule(KDA_GRID_CONSTANT kda::KernelArgs args) {
 #if KDA_COMPILES(kda_forward_prepare)
 KDA_KERNEL(kda::kPrepareThreads, kda::prepare_ctas())
 kda_forward_prepare(KDA_GRID_CONSTANT kda::KernelArgs args) {
-  kda::prepare_chunks(args,
-                      [&](kda::i64 chunk) { return kda::find_chunk(args, kda::chunk_offsets(args), chunk); });
+  kda::prepare_chunks<false>(
+      args, [&](kda::i64 chunk) { return kda::find_chunk(args, kda::chunk_offsets(args), chunk); });
 }
 #endif
 

@@ -155,6 +155,7 @@ KDA_DEVICE void write_operands(const PrepareMap& map, unsigned char* record) {
 
 /// L and M. M goes into the records, A = diag(beta) L into `matrix` once no warp reads the operands there any
 /// more.
+template <bool states>
 KDA_DEVICE void write_pairs(const KernelArgs& args, i64 first_chunk, const ChunkSpan* spans, int head) {
   constexpr int rounds = (kPrepareChunks * kChunkPairs + Config::prepare_warps - 1) / Config::prepare_warps;
   Accumulator l[rounds];
@@ -166,10 +167,9 @@ KDA_DEVICE void write_pairs(const KernelArgs& args, i64 first_chunk, const Chunk
     Accumulator m;
     multiply_pair(pair, shared_at<Operand>(PrepareShared::row_q), shared_at<Operand>(PrepareShared::row_k),
                   shared_at<Operand>(PrepareShared::column_k), prepare_sums(), l[round], m);
-    if (pair.i == pair.j) {
-      mask_diagonal(l[round], true);
-      mask_diagonal(m, false);
-    }
+    if (pair.i == pair.j) mask_diagonal(l[round], true);
+    if constexpr (states) continue;
+    if (pair.i == pair.j) mask_diagonal(m, false);
     unsigned char* record = record_of(args, first_chunk + chunk, head);
     Word4 words = pack_a(m);
     if constexpr (Config::backward)
@@ -277,8 +277,9 @@ KDA_DEVICE void write_inverse(const float* matrix, int pair, unsigned char* reco
   *fragment(record + Record::x, place + 1) = Word4{{x.low[0], x.low[1], x.low[2], x.low[3]}};
 }
 
-/// `find` gives the tokens of a chunk by its place in the workspace.
-template <class Find>
+/// `find` gives the tokens of a chunk by its place in the workspace. `states`: only what moves S on, without
+/// q, M and X.
+template <bool states, class Find>
 KDA_DEVICE void prepare_chunks(const KernelArgs& args, const Find& find) {
   const int head = block_index_x() % args.value_heads;
   const i64 first_chunk = static_cast<i64>(block_index_x() / args.value_heads) * kPrepareChunks;
@@ -313,10 +314,10 @@ KDA_DEVICE void prepare_chunks(const KernelArgs& args, const Find& find) {
   if (map.active) {
     unsigned char* record = spans[chunk].rows > 0 ? record_of(args, first_chunk + chunk, head) : nullptr;
     if (record != nullptr) write_state_keys(map, record);
-    write_operands(map, record);
+    write_operands(map, states ? nullptr : record);
   }
   sync_block();
-  write_pairs(args, first_chunk, spans, head);
+  write_pairs<states>(args, first_chunk, spans, head);
   load_rows<Config::V, kPrepareChunks, kPrepareThreads, Config::Element>(shared_at<Operand>(PrepareShared::v),
                                                                          args.v, spans, head);
   commit_copies();
@@ -327,7 +328,8 @@ KDA_DEVICE void prepare_chunks(const KernelArgs& args, const Find& find) {
                                                       shared_at<float>(PrepareShared::beta), t_transposed);
   wait_copies<0>();
   sync_block();
-  constexpr int blocks = kKeyBlocks + kValueBlocks, tasks = blocks + (Config::backward ? kChunkPairs : 0);
+  constexpr int blocks = kKeyBlocks + kValueBlocks,
+                tasks = blocks + (Config::backward && !states ? kChunkPairs : 0);
 #pragma unroll 1
   for (int task = warp_index(); task < kPrepareChunks * tasks; task += Config::prepare_warps) {
     const int c = task / tasks, block = task % tasks, first_row = c * Config::chunk;
@@ -338,7 +340,7 @@ KDA_DEVICE void prepare_chunks(const KernelArgs& args, const Find& find) {
       write_w(t, first_row, block, record);
     else if (block < blocks)
       write_u(t, first_row, block - kKeyBlocks, record);
-    else if constexpr (Config::backward)
+    else if constexpr (Config::backward && !states)
       write_inverse(shared_at<float>(PrepareShared::matrix) + first_row * kSolveStride, block - blocks,
                     record);
   }

@@ -80,6 +80,18 @@ KDA_DEVICE ChunkSpan find_slab_chunk(const KernelArgs& args, i64 index) {
             static_cast<int>(min(args.tokens - first, i64(Config::chunk)))};
   }
 }
+/// The same for the states at the slab's end. Packed, those before the sequence that crosses it do not count,
+/// as far as whole CTAs of `together` chunks have no other.
+template <int together>
+KDA_DEVICE ChunkSpan find_crossing_chunk(const KernelArgs& args, i64 index) {
+  if constexpr (Config::varlen) {
+    const SlabStart* const start = slab_starts(args) + args.slab;
+    const int first =
+        chunk_offsets(args)[min(start[1].sequence, args.sequences)]; // end of the slab: nothing crosses
+    if (start[0].chunk + (index / together + 1) * together <= first) return {0, 0, 0};
+  }
+  return find_slab_chunk(args, index);
+}
 /// Its number in the order of the whole call.
 KDA_DEVICE i64 chunk_number(const KernelArgs& args, i64 index) {
   if constexpr (!Config::slabs) {
