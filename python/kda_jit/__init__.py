@@ -39,7 +39,10 @@ class KdaError(RuntimeError):
 class _EngineOptions(C.Structure):
     _fields_ = [("struct_size", C.c_uint32), ("read_environment", C.c_int32), ("cache_directory", C.c_char_p),
                 ("tune", C.c_int32), ("threads", C.c_int32), ("tune_budget_seconds", C.c_double),
-                ("cache_packs", C.c_char_p)]
+                ("cache_packs", C.c_char_p), ("tune_reduce", C.c_void_p), ("tune_reduce_user", C.c_void_p)]
+
+
+_TuneReduce = C.CFUNCTYPE(C.c_int32, C.c_void_p, C.POINTER(C.c_double), C.c_size_t)
 
 
 _PROBLEM = ("operation heads value_heads key_dim value_dim dtype gate_dtype beta_dtype state_dtype state_layout gate dt_bias "
@@ -159,18 +162,36 @@ def saved_states(problem, sizes, interval):
 
 
 class Engine:
-    """Plans, compiles, caches and tunes. Arguments left at None come from the KDA_JIT_ environment or the defaults."""
+    """Plans, compiles, caches and tunes. Arguments left at None come from the KDA_JIT_ environment or the defaults.
 
-    def __init__(self, cache_directory=None, tune=None, threads=0, tune_budget_seconds=0.0, cache_packs=None):
+    tune_reduce: of ranks that must choose alike; gets a list of floats and returns the largest of each over all ranks. What it raises,
+    prepare raises."""
+
+    def __init__(self, cache_directory=None, tune=None, threads=0, tune_budget_seconds=0.0, cache_packs=None, tune_reduce=None):
         options = _EngineOptions(C.sizeof(_EngineOptions), 1, None if cache_directory is None else os.fsencode(cache_directory),
                                  -1 if tune is None else TUNE.index(tune), threads, tune_budget_seconds,
                                  None if cache_packs is None else b":".join(map(os.fsencode, cache_packs)))
+        self._reduce_error = None
+        if tune_reduce is not None:
+            self._tune_reduce = _TuneReduce(lambda _, values, n: self._reduce(tune_reduce, values, n))  # as long as the engine
+            options.tune_reduce = C.cast(self._tune_reduce, C.c_void_p)
         self._handle = C.c_void_p()
         _check(_lib.kda_engine_create(C.byref(options), C.byref(self._handle)))
 
     def __del__(self):
         if getattr(self, "_handle", None):
             _lib.kda_engine_destroy(self._handle)
+
+    def _reduce(self, tune_reduce, values, n):
+        try:
+            most = list(tune_reduce(values[:n]))
+            if len(most) != n:
+                raise ValueError(f"tune_reduce returned {len(most)} values of {n}")
+            values[:n] = most
+            return 0
+        except BaseException as error:  # must not pass through C
+            self._reduce_error = error
+            return 1
 
     def compile_count(self):
         return _lib.kda_engine_compile_count(self._handle)
@@ -187,7 +208,10 @@ class Engine:
             _check(_lib.kda_prepare(self._handle, plan, C.byref(kernel)))
         finally:
             _lib.kda_plan_destroy(plan)
-        return Kernel(kernel)
+        kernel, error, self._reduce_error = Kernel(kernel), self._reduce_error, None
+        if error is not None:
+            raise error
+        return kernel
 
 
 class Kernel:

@@ -66,6 +66,11 @@ typedef struct kda_engine kda_engine;
 typedef struct kda_plan kda_plan;
 typedef struct kda_kernel kda_kernel;
 
+/* Of ranks that must choose alike: puts in place of each of n values its largest over all ranks, and returns
+ * 0; anything else means that it could not, and leaves the untuned choice with a warning. Called on the
+ * thread that prepares. */
+typedef int32_t (*kda_tune_reduce)(void* user, double* values, size_t n);
+
 typedef struct kda_engine_options {
   uint32_t struct_size;
   int32_t read_environment;    /* not 0: start from the KDA_JIT_ variables; fields below that are set override
@@ -75,6 +80,8 @@ typedef struct kda_engine_options {
   int32_t threads;             /* 0: hardware threads */
   double tune_budget_seconds;  /* 0: the default */
   const char* cache_packs;     /* files of `kda-jit cache pack`, separated by colons; NULL: the default */
+  kda_tune_reduce tune_reduce; /* NULL: this process chooses for itself */
+  void* tune_reduce_user;      /* what tune_reduce gets */
 } kda_engine_options;
 
 /* The fields of kda::Problem. */

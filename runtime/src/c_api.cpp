@@ -203,6 +203,12 @@ int32_t kda_engine_create(const kda_engine_options* c, kda_engine** out) {
     if (c->threads > 0) options.threads = c->threads;
     if (c->tune_budget_seconds > 0) options.tune_budget_seconds = c->tune_budget_seconds;
     if (c->cache_packs != nullptr) options.cache_packs = parse_paths(c->cache_packs);
+    if (c->tune_reduce != nullptr)
+      options.tune_reduce = [reduce = c->tune_reduce, user = c->tune_reduce_user](std::span<double> values) {
+        const std::int32_t code = reduce(user, values.data(), values.size());
+        return code == 0 ? Status{}
+                         : fail(ErrorCode::internal, fmt::format("tune_reduce returned {}, not 0", code));
+      };
     auto engine = Engine::create(std::move(options));
     if (!engine) return set_error(engine.error());
     *out = new kda_engine{std::move(*engine)};

@@ -266,9 +266,10 @@ private:
   Status interior() {
     if (!p_.interior_states) {
       const bool given = a_.interior_states.data != nullptr || a_.interior_slots.data != nullptr;
-      return given ? refuse("interior_states", "or interior_slots is given, but the problem has none: set its "
-                                               "interior_states, or the saved_interval of a backward")
-                   : Status{};
+      return given
+                 ? refuse("interior_states", "or interior_slots is given, but the problem has none: set its "
+                                             "interior_states, or the saved_interval of a backward")
+                 : Status{};
     }
     if (a_.interior_states.data == nullptr) return {};
     if (Status ok = state("interior_states", a_.interior_states, out_.interior_states, true); !ok) return ok;

@@ -130,6 +130,30 @@ class Binding(unittest.TestCase):
         args = kernel.bind(x, interior_slots=Tensor((1, 3), "torch.int32"), interior_interval=64)
         self.assertEqual((args.interior_states.shape[0], args.interior_slots.shape[1], args.interior_interval), (3, 3, 64))
 
+    def test_ranks_agree_through_the_reduce_hook(self):
+        def choice(rank_can_time):
+            calls = []
+
+            def reduce(values):  # the other ranks can time one candidate only
+                calls.append(len(values))
+                return [1.0] * len(values) if len(calls) == 1 else [
+                    x if i // 2 == rank_can_time else math.inf for i, x in enumerate(values)]
+
+            engine = kda_jit.Engine(cache_directory="", tune="force", tune_budget_seconds=20, tune_reduce=reduce)
+            explained = engine.prepare(PROBLEM, "host", (N, 1, N)).explain()
+            self.assertEqual(calls, [calls[0], 2 * calls[0]])
+            return explained
+
+        self.assertNotEqual(choice(0), choice(1))
+
+        def broken(values):
+            raise ConnectionError("a rank is gone")
+
+        with self.assertRaisesRegex(ConnectionError, "a rank is gone"):
+            kda_jit.Engine(cache_directory="", tune="force", tune_reduce=broken).prepare(PROBLEM, "host", (N, 1, N))
+        with self.assertRaisesRegex(ValueError, "returned 1 values"):
+            kda_jit.Engine(cache_directory="", tune="force", tune_reduce=lambda x: [0.0]).prepare(PROBLEM, "host", (N, 1, N))
+
     def test_an_unknown_field_is_refused(self):
         with self.assertRaisesRegex(TypeError, "state_v_first"):
             kda_jit.Engine(cache_directory="", tune="off").prepare(PROBLEM | dict(state_v_first=True), "host", (N, 1, N))

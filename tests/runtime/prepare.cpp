@@ -64,6 +64,8 @@ TEST_CASE("a batch-invariant problem has one variant, whatever the sizes") {
   CHECK(variants().size() > 1);
   p.batch_invariant = true;
   CHECK(variants().size() == 1);
+}
+
 TEST_CASE("a plan keeps to the workspace that it is allowed, also with a variant that is given") {
   const Engine engine = engine_on(std::make_shared<ScriptedBackend>());
   Problem p = small_problem(Operation::backward);

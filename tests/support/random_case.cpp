@@ -182,7 +182,8 @@ std::vector<Expected> expect_forward(TestCase& c) {
 void place_saved_states(TestCase& c) {
   const reference::Inputs& in = c.inputs;
   const Problem& p = in.problem;
-  const std::int64_t interval = c.interior_interval = p.saved_interval, columns = in.sizes.tokens / interval + 1;
+  const std::int64_t interval = c.interior_interval = p.saved_interval,
+                     columns = in.sizes.tokens / interval + 1;
   const auto size = static_cast<std::ptrdiff_t>(p.value_heads) * p.key_dim * p.value_dim;
   std::vector<std::int64_t> rows; // after which a state is saved
   c.interior_slots.assign(static_cast<std::size_t>(in.sizes.sequences * columns), -1);

@@ -39,7 +39,7 @@ struct TestCase {
   std::vector<std::int64_t> interior_slots; ///< [N, columns]
   reference::OutputGradients gradients;
   reference::Array saved;  ///< Problem::saved_interval: the interior states, in [K,V], by slot
-  reference::Array d_gate;                  ///< gate_backward: what comes in
+  reference::Array d_gate; ///< gate_backward: what comes in
   std::vector<Expected> expected;
 };
 [[nodiscard]] TestCase random_case(const CaseOptions& options);
