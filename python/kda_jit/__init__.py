@@ -187,7 +187,8 @@ class Engine:
             most = list(tune_reduce(values[:n]))
             if len(most) != n:
                 raise ValueError(f"tune_reduce returned {len(most)} values of {n}")
-            values[:n] = most
+            for i, value in enumerate(most):
+                values[i] = value
             return 0
         except BaseException as error:  # must not pass through C
             self._reduce_error = error

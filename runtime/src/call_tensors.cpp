@@ -50,10 +50,12 @@ Status CallTensors::add(const std::string& name, Tensor& slot, DType dtype,
   if (!output) {
     std::mt19937_64 engine(seed_ + std::hash<std::string>{}(name));
     std::normal_distribution<double> normal(mean, deviation);
-    reference::Array block(static_cast<std::size_t>(std::min(count, kBlock)));
+    const bool gate = name == "g";
+    const std::int64_t most = gate ? kBlock / problem_.key_dim * problem_.key_dim : kBlock;
+    reference::Array block(static_cast<std::size_t>(std::min(count, most)));
     // A raw beta is a weight in (0, 1); a precomputed decay is not positive.
     const bool weight = name == "beta" && !problem_.beta_sigmoid;
-    const bool decay = name == "g" && (problem_.gate == GateKind::log_e || problem_.gate == GateKind::log2);
+    const bool decay = gate && (problem_.gate == GateKind::log_e || problem_.gate == GateKind::log2);
     const bool factor = name == "update_decay";
     for (double& x : block) {
       x = normal(engine);
@@ -61,6 +63,10 @@ Status CallTensors::add(const std::string& name, Tensor& slot, DType dtype,
       if (weight) x = std::min(std::abs(x), 1.0);
       if (decay) x = -std::abs(x);
     }
+    // A channel that hardly forgets, as trained models have them: a form that is fast only where all of the
+    // state is forgotten must not win here.
+    for (std::size_t i = 0; gate && i < block.size(); i += static_cast<std::size_t>(problem_.key_dim))
+      block[i] = decay ? -1e-3 : -30;
     const std::vector<std::byte> packed = pack(block, dtype);
     b.before.resize(b.bytes);
     for (std::size_t at = 0; at < b.bytes; at += packed.size())

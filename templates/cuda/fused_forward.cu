@@ -11,18 +11,18 @@
 namespace kda {
 
 template <Pass pass>
-KDA_DEVICE void walk_fused(const KernelArgs& args, const Walk& walk, int sequence, int head) {
-  begin_fused(args, head);
+KDA_DEVICE void walk_fused(const KernelArgs& args, const Walk& walk) {
+  begin_fused(args, walk);
   const int warp = warp_index();
   if (warp < kStateWarps) {
     take_registers<kStateRegisters>();
-    carry_state<pass>(args, walk, sequence, head);
+    carry_state<pass>(args);
   } else {
     release_registers<kOtherRegisters>();
     if (warp == kStateWarps + kPrepareWarps)
-      load_chunks<pass>(args, walk, head);
+      load_chunks<pass>(args);
     else
-      prepare_chunks<pass>(args, walk.span, head);
+      prepare_chunks<pass>(args);
   }
 }
 
@@ -63,18 +63,17 @@ KDA_DEVICE void summarise(const KernelArgs& args) {
     marks[1] = 0;
   }
   const int first = forgetful ? end - window : segments.first(segment);
-  const Walk walk{span.part(first, end - first),
+  const Walk walk{sequence,
+                  head,
+                  span.part(first, end - first),
                   first,
-                  transition   ? Walk::Start::identity
-                  : first == 0 ? Walk::Start::initial
-                               : Walk::Start::zero,
                   !transition,
                   false,
-                  nullptr,
+                  first == 0 ? segment_start(args, unit, 0) : nullptr,
                   transition ? segment_transition(args, unit, segment)
                              : segment_start(args, unit, segment + 1),
                   nullptr};
-  walk_fused<Pass::summary>(args, walk, sequence, head);
+  walk_fused<Pass::summary>(args, walk);
 }
 
 /// From the start of a segment to its end, or to that of the sequence.
@@ -83,29 +82,31 @@ KDA_DEVICE void walk_segment(const KernelArgs& args, const FusedSpan& span, cons
                              int unit, int segment) {
   const bool last = pass == Pass::repair || segment + 1 == segments.used();
   const int first = segments.first(segment);
-  const Walk walk{span.part(first, last ? segments.chunks - first : segments.length),
+  const Walk walk{unit / args.value_heads,
+                  unit % args.value_heads,
+                  span.part(first, last ? segments.chunks - first : segments.length),
                   first,
-                  Walk::Start::segment,
                   true,
                   last,
                   segment_start(args, unit, segment),
                   last ? nullptr : segment_start(args, unit, segment + 1),
                   last ? nullptr : boundary_marks(args, unit, segment)};
-  walk_fused<pass>(args, walk, unit / args.value_heads, unit % args.value_heads);
+  walk_fused<pass>(args, walk);
 }
 
 KDA_DEVICE void fused_forward(const KernelArgs& args) {
-  const int units = args.sequences * args.value_heads;
-  if (Config::varlen && block_index_x() >= units * kSegments)
-    return zero_padding(args, block_index_x() - units * kSegments);
-  const int unit = block_index_x() % units;
-  const FusedSpan span = find_span(args, unit / args.value_heads);
   if constexpr (kSegments == 1) {
-    const Walk walk{span, 0, Walk::Start::initial, true, true, nullptr, nullptr, nullptr};
-    walk_fused<Pass::whole>(args, walk, unit / args.value_heads, unit % args.value_heads);
+    const int head = block_index_x() % args.value_heads, sequence = block_index_x() / args.value_heads;
+    if (Config::varlen && sequence == args.sequences) return zero_padding(args, head);
+    const Walk walk{sequence, head, find_span(args, sequence), 0, true, true, nullptr, nullptr, nullptr};
+    walk_fused<Pass::whole>(args, walk);
   } else {
+    const int units = args.sequences * args.value_heads;
+    if (Config::varlen && block_index_x() >= units * kSegments)
+      return zero_padding(args, block_index_x() - units * kSegments);
+    const int unit = block_index_x() % units, segment = block_index_x() / units;
+    const FusedSpan span = find_span(args, unit / args.value_heads);
     const Segments segments(span.chunks);
-    const int segment = block_index_x() / units;
     if (segment < segments.used()) walk_segment<Pass::walk>(args, span, segments, unit, segment);
   }
 }

@@ -108,7 +108,7 @@ void fill_sizes(reference::Inputs& in, const CaseOptions& o) {
   in.sizes = {1, in.cu_seqlens.back() + o.padding, static_cast<std::int64_t>(o.lengths.size())};
 }
 
-constexpr std::int64_t kNoSlot = std::int64_t{1} << 30;
+constexpr std::int64_t kNoSlot = std::int64_t{1} << 30; ///< -1 is what the emulator takes for unwritten
 
 std::vector<Expected> expect_gradients(const reference::Gradients& g) {
   std::vector<Expected> all = {{"d_q", g.d_q},
@@ -151,7 +151,8 @@ Array place_interior_states(TestCase& c, const reference::Inputs& in) {
       const std::int64_t row = begin + (j + 1) * c.interior_interval - 1;
       if (row >= end) continue;
       const bool kept = i % 3 != 2;
-      c.interior_slots[static_cast<std::size_t>(i)] = kept ? -2 - static_cast<std::int64_t>(rows.size()) : -1;
+      c.interior_slots[static_cast<std::size_t>(i)] =
+          kept ? -2 - static_cast<std::int64_t>(rows.size()) : kNoSlot;
       if (kept) rows.push_back(row);
     }
   c.interior_states = static_cast<std::int64_t>(rows.size());

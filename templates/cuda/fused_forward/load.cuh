@@ -28,9 +28,10 @@ struct TileCopy {
 };
 
 template <Pass pass>
-KDA_DEVICE void load_attempt(const KernelArgs& args, const Walk& walk, int head, int attempt) {
-  const FusedSpan& span = walk.span;
-  const int lane = lane_index(), chunks = span.chunks, key_head = head / Config::group;
+KDA_DEVICE void load_attempt(const KernelArgs& args, int attempt) {
+  const Walk& walk = current_walk();
+  const FusedSpan span = walk.span;
+  const int lane = lane_index(), chunks = span.chunks, head = walk.head, key_head = head / Config::group;
   TileCopy<Config::Element> q(args.q, span, key_head), k(args.k, span, key_head), v(args.v, span, head);
   TileCopy<Config::Gate> g(args.g, span, head);
   const Config::Beta* beta = row_of<Config::Beta>(args.beta, span.batch, span.begin + lane, head);
@@ -61,10 +62,10 @@ KDA_DEVICE void load_attempt(const KernelArgs& args, const Walk& walk, int head,
 }
 
 template <Pass pass>
-KDA_DEVICE void load_chunks(const KernelArgs& args, const Walk& walk, int head) {
+KDA_DEVICE void load_chunks(const KernelArgs& args) {
   int attempt = 0;
   do
-    load_attempt<pass>(args, walk, head, attempt);
+    load_attempt<pass>(args, attempt);
   while (another_attempt(attempt));
 }
 

@@ -335,10 +335,11 @@ struct ChunkMaker {
 };
 
 template <bool kWide, bool kQueries>
-KDA_DEVICE void prepare_some(const KernelArgs& args, const FusedSpan& span, int head) {
-  const int warp = warp_index() - kStateWarps, chunks = span.chunks;
+KDA_DEVICE void prepare_some(const KernelArgs& args) {
+  const FusedSpan& span = current_walk().span; // read again and again: registers are short
+  const int warp = warp_index() - kStateWarps;
   float* scratch = fused_at<float>(FusedShared::solve) + warp * (FusedShared::solve_bytes / 4);
-  const ChunkMaker<kWide, kQueries> maker(args, head, scratch);
+  const ChunkMaker<kWide, kQueries> maker(args, current_walk().head, scratch);
   int attempt = 0;
   do {
     const auto claim = [&] {
@@ -347,8 +348,8 @@ KDA_DEVICE void prepare_some(const KernelArgs& args, const FusedSpan& span, int 
       return static_cast<int>(shuffle(next, 0));
     };
 #pragma unroll 1
-    for (int chunk = claim(); chunk < chunks; chunk = claim()) {
-      const Place place = Place::of(attempt * chunks + chunk);
+    for (int chunk = claim(); chunk < span.chunks; chunk = claim()) {
+      const Place place = Place::of(attempt * span.chunks + chunk);
       mbarrier_wait(place.free(), place.parity ^ 1);
       mbarrier_wait(place.full(), place.parity);
       sync_warp();
@@ -361,12 +362,12 @@ KDA_DEVICE void prepare_some(const KernelArgs& args, const FusedSpan& span, int 
 }
 
 template <Pass pass>
-KDA_DEVICE void prepare_chunks(const KernelArgs& args, const FusedSpan& span, int head) {
+KDA_DEVICE void prepare_chunks(const KernelArgs& args) {
   constexpr bool queries = pass != Pass::summary;
   constexpr bool bounded = Config::gate == GateKind::bounded || Config::gate == GateKind::bounded_no_a;
   if constexpr (bounded)
-    if (args.lower_bound >= -5.f) return prepare_some<false, queries>(args, span, head);
-  prepare_some<true, queries>(args, span, head);
+    if (args.lower_bound >= -5.f) return prepare_some<false, queries>(args);
+  prepare_some<true, queries>(args);
 }
 
 } // namespace kda

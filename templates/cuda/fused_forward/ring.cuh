@@ -68,7 +68,8 @@ struct FusedShared {
   static constexpr int barriers = output + kStateWarps * 512;
   static constexpr int next_chunk = barriers + 3 * Config::stages * 8; ///< [kAttempts], u32
   static constexpr int overflows = next_chunk + kAttempts * 4;         ///< [kAttempts], u32
-  static constexpr int bytes = overflows + kAttempts * 4;
+  static constexpr int walk = (overflows + kAttempts * 4 + 7) / 8 * 8; ///< Walk
+  static constexpr int bytes = walk + 80;
 };
 
 template <class T>
@@ -119,18 +120,22 @@ KDA_DEVICE FusedSpan find_span(const KernelArgs& args, int sequence) {
 
 /// What a launch walks (stages/segments.cuh).
 enum class Pass { whole, summary, walk, repair };
-/// What one CTA walks.
+/// What one CTA walks. In shared memory, where each kind of warp reads what it needs: held in registers from
+/// before they part, it made every kind spill.
 struct Walk {
-  enum class Start { initial, zero, identity, segment };
+  int sequence, head;
   FusedSpan span;
-  int first; ///< its first chunk in the sequence
-  Start start;
+  int first;         ///< its first chunk in the sequence
   bool values;       ///< v is read; zeros else
   bool last;         ///< to the end of the sequence
-  const float* from; ///< Start::segment: S^T
+  const float* from; ///< not whole: the S^T before it; null: zero, without values the identity
   float* to;         ///< summary: for the S^T behind it; walk: what the next segment took for it
   u32* marks;        ///< walk: of the boundary behind it; null behind the last
 };
+KDA_DEVICE const Walk& current_walk() {
+  return *fused_at<const Walk>(FusedShared::walk);
+}
+static_assert(sizeof(Walk) <= FusedShared::bytes - FusedShared::walk);
 
 constexpr bool kPrecomputed = Config::gate == GateKind::log_e || Config::gate == GateKind::log2;
 KDA_DEVICE float gate_a(const KernelArgs& args, int head) {
@@ -143,7 +148,7 @@ KDA_DEVICE float gate_slope(float a) {
 }
 
 /// All threads, first: barriers and constants of the head.
-KDA_DEVICE void begin_fused(const KernelArgs& args, int head) {
+KDA_DEVICE void begin_fused(const KernelArgs& args, const Walk& walk) {
   const int thread = thread_index();
   if (thread == 0) {
     for (Place place; place.parity == 0; place.advance()) {
@@ -154,10 +159,12 @@ KDA_DEVICE void begin_fused(const KernelArgs& args, int head) {
     fence_mbarrier_init();
     for (int i = 0; i < 2 * kAttempts; ++i)
       fused_at<u32>(FusedShared::next_chunk)[i] = 0;
+    *fused_at<Walk>(FusedShared::walk) = walk;
   }
   if (!kPrecomputed && thread < Config::K)
     fused_at<float>(FusedShared::bias)[thread] =
-        Config::dt_bias ? gate_slope(gate_a(args, head)) * args.dt_bias[head * Config::K + thread] : 0.f;
+        Config::dt_bias ? gate_slope(gate_a(args, walk.head)) * args.dt_bias[walk.head * Config::K + thread]
+                        : 0.f;
   sync_block();
 }
 

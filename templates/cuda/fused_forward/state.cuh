@@ -44,14 +44,14 @@ struct ColumnScales {
 };
 
 /// A state in memory: of the caller, or S^T of a segment in the workspace.
-template <class Access>
-KDA_DEVICE void visit_state(bool segment, Access access) {
+template <bool segment, class Access>
+KDA_DEVICE void visit_state(Access access) {
   const int column = warp_index() * 16, v = column + (lane_index() >> 2), k = (lane_index() & 3) * 2;
 #pragma unroll
   for (int i = 0; i < kStateFloats; i += 2) {
     int offset;
     state_place(column, i / 4, i % 4, offset);
-    if (segment) offset = (v + i / 2 % 2 * 8) * Config::K + i / 4 * 8 + k;
+    if constexpr (segment) offset = (v + i / 2 % 2 * 8) * Config::K + i / 4 * 8 + k;
     access(i, offset);
   }
 }
@@ -59,7 +59,7 @@ KDA_DEVICE void visit_state(bool segment, Access access) {
 KDA_DEVICE void store_state(const StateTensor& x, i64 place, int head, const ColumnScales& scales,
                             const float (&s)[kStateFloats]) {
   auto* to = static_cast<Config::State*>(x.data) + place * x.stride_sequence + head * x.stride_head;
-  visit_state(false, [&](int i, int offset) {
+  visit_state<false>([&](int i, int offset) {
     const float scale = scales.out(i / 2 % 2);
     to[offset] = from_float<Config::State>(s[i] * scale);
     to[offset + kStateStep] = from_float<Config::State>(s[i + 1] * scale);
@@ -69,16 +69,17 @@ KDA_DEVICE void store_state(const StateTensor& x, i64 place, int head, const Col
 /// Through the chunks, from the state in s to the state in s. `place`: the first chunk's. Without outputs
 /// nothing of q and M is read.
 template <bool kScaled, bool kOutputs>
-KDA_DEVICE void walk_chunks(const KernelArgs& args, const Walk& walk, int sequence, int head, int chunks,
-                            Place place, const ColumnScales& scales, float (&s)[kStateFloats]) {
+KDA_DEVICE void walk_chunks(const KernelArgs& args, int chunks, Place place, const ColumnScales& scales,
+                            float (&s)[kStateFloats]) {
+  const Walk& walk = current_walk();
   const FusedSpan& span = walk.span;
   const int lane = lane_index(), warp = warp_index();
   // This lane's row of ldmatrix: v^T of its warp, 16 columns of V.
   const int token = (lane & 7) + (lane >> 4) * 8;
   const int v_place = warp / 4 * Slot::tile_half + tile_place(token, warp % 4 * 2 + (lane >> 3 & 1));
   OutputTile out{{},
-                 row_of<Config::Element>(args.o, span.batch, span.begin + (lane >> 1), head) + warp * 16 +
-                     (lane & 1) * 8};
+                 row_of<Config::Element>(args.o, span.batch, span.begin + (lane >> 1), walk.head) +
+                     warp * 16 + (lane & 1) * 8};
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; ++chunk, place.advance()) {
     mbarrier_wait(place.ready(), place.parity);
@@ -146,8 +147,9 @@ KDA_DEVICE void walk_chunks(const KernelArgs& args, const Walk& walk, int sequen
     if (lane == 0) mbarrier_arrive(place.free());
     if constexpr (kOutputs && Config::interior_states)
       if (span.rows(chunk) == kChunk) {
-        const i64 slot = interior_slot(args, sequence, static_cast<i64>(walk.first + chunk + 1) * kChunk);
-        if (slot != kNowhere) store_state(args.interior_states, slot, head, scales, s);
+        const i64 slot =
+            interior_slot(args, walk.sequence, static_cast<i64>(walk.first + chunk + 1) * kChunk);
+        if (slot != kNowhere) store_state(args.interior_states, slot, walk.head, scales, s);
       }
     if constexpr (kOutputs)
 #pragma unroll
@@ -169,7 +171,7 @@ KDA_DEVICE void walk_chunks(const KernelArgs& args, const Walk& walk, int sequen
 KDA_DEVICE bool agrees(const float (&s)[kStateFloats], const ColumnScales& scales, const float* taken) {
   constexpr float kAgreement = 1.f / 1024;
   bool all = true;
-  visit_state(true, [&](int i, int offset) {
+  visit_state<true>([&](int i, int offset) {
     if (i % 4 != 0) return; // both columns of a thread at once
     const Word2 x = *reinterpret_cast<const Word2*>(taken + offset);
     const Word2 y = *reinterpret_cast<const Word2*>(taken + offset + 8 * Config::K);
@@ -190,32 +192,40 @@ KDA_DEVICE bool agrees(const float (&s)[kStateFloats], const ColumnScales& scale
 }
 
 template <Pass pass>
-KDA_DEVICE void carry_state(const KernelArgs& args, const Walk& walk, int sequence, int head) {
+KDA_DEVICE void carry_state(const KernelArgs& args) {
+  const Walk& walk = current_walk();
   const int chunks = walk.span.chunks;
-  const auto* const initial = has_initial_state(args, sequence)
-                                  ? static_cast<const Config::State*>(args.initial_state.data)
-                                  : nullptr;
-  const i64 from = sequence * args.initial_state.stride_sequence + head * args.initial_state.stride_head;
   float s[kStateFloats];
   ColumnScales scales;
   const auto load = [&] {
-    visit_state(pass != Pass::whole && walk.start != Walk::Start::initial, [&](int i, int offset) {
-      const float scale = scales.in[i / 2 % 2];
-      if (pass == Pass::whole || walk.start == Walk::Start::initial) {
-        s[i] = initial != nullptr ? to_float(initial[from + offset]) * scale : 0.f;
-        s[i + 1] = initial != nullptr ? to_float(initial[from + offset + kStateStep]) * scale : 0.f;
-      } else if (walk.start == Walk::Start::segment) {
-        s[i] = walk.from[offset] * scale;
-        s[i + 1] = walk.from[offset + 1] * scale;
-      } else {
-        const int diagonal = walk.start == Walk::Start::identity ? offset % (Config::K + 1) : 1;
-        s[i] = diagonal == 0 ? scale : 0.f;
-        s[i + 1] = diagonal == Config::K ? scale : 0.f;
-      }
-    });
+    if constexpr (pass == Pass::whole) {
+      const auto* from = static_cast<const Config::State*>(args.initial_state.data);
+      if (has_initial_state(args, walk.sequence))
+        from +=
+            walk.sequence * args.initial_state.stride_sequence + walk.head * args.initial_state.stride_head;
+      else
+        from = nullptr;
+      visit_state<false>([&](int i, int offset) {
+        const float scale = scales.in[i / 2 % 2];
+        s[i] = from != nullptr ? to_float(from[offset]) * scale : 0.f;
+        s[i + 1] = from != nullptr ? to_float(from[offset + kStateStep]) * scale : 0.f;
+      });
+    } else {
+      visit_state<true>([&](int i, int offset) {
+        const float scale = scales.in[i / 2 % 2];
+        if (pass != Pass::summary || walk.from != nullptr) {
+          s[i] = walk.from[offset] * scale;
+          s[i + 1] = walk.from[offset + 1] * scale;
+        } else {
+          const int diagonal = walk.values ? 1 : offset % (Config::K + 1);
+          s[i] = diagonal == 0 ? scale : 0.f;
+          s[i + 1] = diagonal == Config::K ? scale : 0.f;
+        }
+      });
+    }
   };
   load();
-  walk_chunks<false, pass != Pass::summary>(args, walk, sequence, head, chunks, Place{}, scales, s);
+  walk_chunks<false, pass != Pass::summary>(args, chunks, Place{}, scales, s);
   int attempt = 0;
   // An overflow reaches every channel of its column: one tells.
   const auto overflow = [&] {
@@ -231,12 +241,11 @@ KDA_DEVICE void carry_state(const KernelArgs& args, const Walk& walk, int sequen
 #pragma unroll 1
   while (another_attempt(attempt, overflow())) {
     load();
-    walk_chunks<true, pass != Pass::summary>(args, walk, sequence, head, chunks, Place::of(attempt * chunks),
-                                             scales, s);
+    walk_chunks<true, pass != Pass::summary>(args, chunks, Place::of(attempt * chunks), scales, s);
   }
 
   if constexpr (pass == Pass::summary) {
-    visit_state(true, [&](int i, int offset) {
+    visit_state<true>([&](int i, int offset) {
       const float scale = scales.out(i / 2 % 2);
       *reinterpret_cast<Word2*>(walk.to + offset) =
           Word2{{float_bits(s[i] * scale), float_bits(s[i + 1] * scale)}};
@@ -247,7 +256,7 @@ KDA_DEVICE void carry_state(const KernelArgs& args, const Walk& walk, int sequen
     if (lane_index() == 0) atomic_max(reinterpret_cast<int*>(walk.marks) + 1, 1);
   // Only now: it may lie where the initial state does.
   if (!walk.last || args.final_state.data == nullptr) return;
-  store_state(args.final_state, sequence, head, scales, s);
+  store_state(args.final_state, walk.sequence, walk.head, scales, s);
 }
 
 } // namespace kda
