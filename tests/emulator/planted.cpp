@@ -114,10 +114,24 @@ TEST_CASE("planted: each barrier and each wait of the chunk forward is missed wh
 
 TEST_CASE("planted: each barrier and each wait of the chunk backward is missed when it is away") {
   const Subject s = subject(Operation::backward, "chunk c=64 vt=32 pw=8 sw=4 st=2");
-  Calls expected = {"chunk_backward/gradients.cuh 4"}; // multiply_states reads what was there before
+  Calls expected = {"chunk_backward/gradients.cuh 4", // multiply_states reads what was there before
+                    "chunk_backward/scan.cuh 2"};     // of slabs, below
   expected.insert(expected.end(), kNotNeeded.begin(), kNotNeeded.end());
   CHECK(not_missed(s, "sync_block()") == expected);
   CHECK(not_missed(s, "wait_copies<") == kNone);
+}
+
+TEST_CASE("planted: the barrier between sequences that one CTA of a slab walks is missed when it is away") {
+  test::CaseOptions o;
+  o.problem.operation = Operation::backward;
+  o.problem.key_dim = o.problem.value_dim = 64;
+  o.problem.varlen = true;
+  o.lengths = {10, 16, 10, 10, 16, 10, 10, 10, 600}; // eight in the first slab, of four CTAs a tile and head
+  const Subject s = subject(o, "chunk c=16 vt=32 pw=8 sw=4 st=2 sl=128");
+  CHECK(fault_of(s) == "no fault");
+  CHECK_THAT(fault_with(s, "chunk_backward/scan.cuh",
+                        "      sync_block(); // nobody reads the stages any more\n", ""),
+             Contains("race: "));
 }
 
 TEST_CASE("planted: each barrier, wait and fence of the fused forward is missed when it is away") {
