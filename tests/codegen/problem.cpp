@@ -72,7 +72,8 @@ TEST_CASE("few heads are cut into segments, many are not") {
     return choose(p, cuda_target("sm_90a").value(), {1, tokens, 1}).value().segments;
   };
   CHECK(segments(96, 8192) == 0);
-  CHECK(segments(32, 8192) == 3);
+  CHECK(segments(32, 8192) == 0); // they win there, but by less than the margin
+  CHECK(segments(32, 32768) == 3);
   CHECK(segments(8, 65536) == 16);
   // The workspace is that of the segments alone: starts, transitions, marks.
   p.heads = p.value_heads = 8;

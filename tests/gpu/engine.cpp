@@ -112,7 +112,8 @@ TEST_CASE("an image that the driver refuses is load_failed, and the context surv
   Image nonsense = good;
   nonsense.bytes.assign(1000, 'x');
   const Target other = cuda_target("sm_80").value();
-  const Image foreign = backend->compile(emit(kProblem, v, other).value()).value();
+  const Variant its = choose(kProblem, other, kSizes).value();
+  const Image foreign = backend->compile(emit(kProblem, its, other).value()).value();
   SourceUnit renamed = unit;
   renamed.entries[0] = "no_such_kernel";
   const std::pair<const SourceUnit*, const Image*> bad[] = {
