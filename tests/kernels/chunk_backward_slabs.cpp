@@ -158,6 +158,37 @@ TEST_CASE("backward in slabs: a state that is missing makes gradients NaN, and o
     }
 }
 
+TEST_CASE("backward in slabs: from the states that a forward kernel saved, packed and not") {
+  for (const bool packed : {false, true}) {
+    test::CaseOptions o = plain_case(2, 150);
+    o.problem.saved_interval = 64;
+    o.problem.varlen = packed;
+    if (packed) {
+      o.batch = 1;
+      o.lengths = {70, 0, 130, 64};
+    }
+    test::TestCase backward = test::random_case(o);
+    test::TestCase forward;
+    forward.inputs = backward.inputs;
+    forward.inputs.problem.operation = Operation::forward;
+    forward.inputs.problem.saved_interval = 0;
+    forward.inputs.problem.interior_states = true;
+    forward.interior_interval = 64;
+    forward.interior_slots = backward.interior_slots;
+    forward.interior_states = backward.interior_states;
+    const reference::Outputs outputs = reference::recurrence(forward.inputs);
+    forward.expected = {
+        {"o", outputs.o}, {"final_state", outputs.final_state}, {"interior_states", backward.saved}};
+    const Variant saves = variant("chunk c=32 vt=32 pw=4 sw=4 st=2");
+    const test::RunReport saved = run(forward, saves);
+    check(saved, forward.inputs.problem, saves);
+    REQUIRE(saved.tensors.back().name == "interior_states");
+    backward.saved = saved.tensors.back().values;
+    const Variant v = variant("chunk c=64 vt=32 pw=4 sw=4 st=2 sl=64");
+    check(run(backward, v), backward.inputs.problem, v);
+  }
+}
+
 TEST_CASE(
     "backward in slabs: the tuner checks several of them, from states that a forward would have saved") {
   EngineOptions options;

@@ -4,6 +4,7 @@
 #include "codegen/source_unit.h"
 #include "scratch.h"
 #include "scripted_backend.h"
+#include <array>
 #include <atomic>
 #include <catch2/catch.hpp>
 #include <fmt/format.h>
@@ -197,8 +198,11 @@ TEST_CASE("every option of the fused forward compiles without a spill") {
       p.beta_dtype = index % 4 == 1 ? DType::fp32 : DType::bf16;
       p.value_heads = index % 3 == 0 ? 64 : 32;
       ++index;
+      // Numbers of segments differ in a constant: one of those above three.
+      const int several = std::array{4, 8, 16}[static_cast<std::size_t>(index % 3)];
       for (const Candidate& c : enumerate(p, target))
-        if (c.variant.algorithm == Algorithm::fused && c.rejected.empty())
+        if (c.variant.algorithm == Algorithm::fused && c.rejected.empty() &&
+            (c.variant.segments <= 3 || c.variant.segments == several))
           jobs.push_back({p, c.variant, target.arch});
     }
   compile_all(*nvrtc, jobs);
