@@ -258,7 +258,7 @@ TEST_CASE("saved states reach the kernel, and every fault has its sentence") {
     };
   };
   check_refused(
-      {{with([](Call& c) { c.problem.saved_interval = 0; }), "set its saved_interval"},
+      {{with([](Call& c) { c.problem.saved_interval = 0; }), "or the saved_interval of a backward"},
        {with([](Call& c) { c.args.interior_interval = 128; }),
         "interior_interval is 128, the problem says 64"},
        {with([](Call& c) { c.args.interior_states = {}; }), "interior_states is required by saved_interval"},
